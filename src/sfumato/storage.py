@@ -1,0 +1,236 @@
+"""Files that are either whole or absent: atomic safetensors and JSON, fingerprints, and checks before long work.
+
+Everything the library writes goes through here, so a job that is killed, or a disk that fills up, never leaves a file
+that looks finished but is not. Tensors are stored as safetensors only; nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+__all__ = [
+    "atomic_directory",
+    "check_disk_space",
+    "check_output_dir",
+    "fingerprint",
+    "load_tensors",
+    "read_metadata",
+    "save_tensors",
+    "write_text",
+]
+
+
+@contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Fill a directory that appears under its name only when the block ends without an error.
+
+    Args:
+        path: The final directory; replaced if it exists.
+
+    Yields:
+        A hidden sibling to write into, on the same file system.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if path.exists():
+            retired = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.retired")
+            path.rename(retired)
+            partial.rename(path)
+            shutil.rmtree(retired)
+        else:
+            partial.rename(path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _atomic_file(path: str | Path) -> Iterator[Path]:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text file atomically, as UTF-8, making its folder if need be.
+
+    Args:
+        path: Where to write; replaced if it exists.
+        text: The content.
+
+    Returns:
+        The path.
+    """
+    with _atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None) -> Path:
+    """Write tensors as one safetensors file, atomically.
+
+    Args:
+        path: Where to write; replaced if it exists.
+        tensors: Name to tensor, on any device.
+        metadata: Values that JSON can hold; read back by `read_metadata`.
+
+    Returns:
+        The path.
+    """
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with _atomic_file(path) as partial:
+        save_file(flat, partial, metadata={key: json.dumps(value) for key, value in (metadata or {}).items()})
+        partial.chmod(0o644)  # safetensors makes private files; a model folder is to be read by others
+    return Path(path)
+
+
+def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file onto the CPU.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Name to tensor.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is corrupt or cut short.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Read what `save_tensors` stored beside the tensors.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The metadata; values that are not JSON come back as the strings they are.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is corrupt or cut short.
+    """
+    with _opened(path) as file:
+        stored = file.metadata() or {}
+    return {key: _from_json(value) for key, value in stored.items()}
+
+
+def _from_json(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is corrupt or cut short ({error}); fetch or make it again.") from error
+
+
+def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hash names, shapes, dtypes and values of tensors, whatever their order and device.
+
+    Args:
+        tensors: Pairs such as ``module.named_parameters()``.
+
+    Returns:
+        The first 16 hexadecimal digits of a SHA-256.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}|{tuple(value.shape)}|{value.dtype}|".encode())
+        if value.numel():
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def check_output_dir(path: str | Path, *, resume: bool = False) -> Path:
+    """Refuse an output folder whose content a new run would destroy.
+
+    Args:
+        path: The folder a job wants to write into; it need not exist.
+        resume: Whether the job continues what is there.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileExistsError: If it holds a finished model, or an unfinished run and `resume` is false.
+        NotADirectoryError: If the path, or one above it, is a file.
+        PermissionError: If it can't be written.
+    """
+    path = Path(path)
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"Can't write into {path}: {existing} is a file. Choose another output folder.")
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"Can't write into {path}: no permission. Choose another output folder.")
+    if (path / "model_index.json").exists():
+        raise FileExistsError(f"{path} already holds a finished model. Choose another output folder or move it away.")
+    if any(path.glob("checkpoints/step-*")) and not resume:
+        raise FileExistsError(f"{path} holds an unfinished run. Continue it with --resume, or choose another folder.")
+    return path
+
+
+def check_disk_space(path: str | Path, needed: int) -> None:
+    """Refuse to start a job whose files would not fit.
+
+    Args:
+        path: A file or folder on the disk in question; it need not exist.
+        needed: Bytes the job will write.
+
+    Raises:
+        OSError: If less than that is free.
+    """
+    existing = next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OSError(
+            f"Not enough disk space at {existing}: {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free. "
+            "Free some, or choose an output folder on another disk."
+        )

@@ -1,0 +1,405 @@
+"""The one training loop: devices, precision, accumulation, masks, checkpoints, resume and logging, on accelerate.
+
+A job is an objective, `Objective`, which turns ``(step, shard)`` into losses and holds no state that changes from step
+to step. Data, noise and times come from `sfumato.randomness`, so the loop has nothing random of its own: a run that was
+killed resumes to the same bits on the CPU, and the result does not depend on how many processes share a batch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration
+from tqdm.auto import tqdm
+
+from sfumato import storage
+
+__all__ = ["MaskedUpdate", "NonFiniteLossError", "Objective", "Shard", "TrainingConfig", "train"]
+
+
+class Shard(NamedTuple):
+    """One of `count` equal slices of a global batch."""
+
+    index: int
+    count: int
+
+    def of(self, size: int) -> range:
+        """Give this shard's positions in a batch of `size` samples, which `count` must divide."""
+        share = size // self.count
+        return range(self.index * share, (self.index + 1) * share)
+
+
+class Objective(Protocol):
+    """What a method minimises; all that the loop knows of it."""
+
+    batch_size: int
+
+    def losses(self, model: torch.nn.Module, step: int, shard: Shard) -> Mapping[str, torch.Tensor]:
+        """Give the named terms of the loss, scalars whose sum is minimised, averaged over the shard.
+
+        Args:
+            model: The network being trained, wrapped by accelerate.
+            step: The optimiser step, from 0.
+            shard: The slice of the step's global batch to use.
+        """
+        ...
+
+
+@dataclass
+class TrainingConfig:
+    """How to train, whatever the objective.
+
+    Attributes:
+        steps: Optimiser steps.
+        learning_rate: Peak learning rate.
+        optimizer: ``"adam"``, ``"adamw"`` or ``"sgd"``.
+        weight_decay: Decoupled weight decay; ``"adamw"`` and ``"sgd"`` only.
+        lr_schedule: ``"constant"`` or ``"cosine"`` (to zero at the last step).
+        warmup_steps: Steps of linear warm-up.
+        max_grad_norm: Clip the global gradient norm to this; None does not clip.
+        gradient_accumulation_steps: Split each process's share of a batch into so many passes.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; weights and optimiser stay float32.
+        gradient_checkpointing: Recompute activations in the backward pass, if the model can.
+        ema_decay: Keep an exponential moving average of the weights, which becomes the result; None keeps none.
+        seed: Seeds the objective's data, noise and times.
+        checkpoint_every: Steps between checkpoints; 0 keeps only the last.
+        keep_checkpoints: How many checkpoints to keep.
+        log_with: ``"tensorboard"`` or another accelerate tracker, or None.
+    """
+
+    steps: int = 1000
+    learning_rate: float = 1e-5
+    optimizer: str = field(default="adam", metadata={"choices": ["adam", "adamw", "sgd"]})
+    weight_decay: float = 0.0
+    lr_schedule: str = field(default="constant", metadata={"choices": ["constant", "cosine"]})
+    warmup_steps: int = 0
+    max_grad_norm: float | None = None
+    gradient_accumulation_steps: int = 1
+    mixed_precision: str = field(default="no", metadata={"choices": ["no", "bf16", "fp16"]})
+    gradient_checkpointing: bool = False
+    ema_decay: float | None = None
+    seed: int = 0
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 1
+    log_with: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check values that would only fail after the long work has begun."""
+        if self.steps < 1:
+            raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"`learning_rate` must be a positive number, got {self.learning_rate}.")
+        if self.optimizer not in _OPTIMIZERS:
+            raise ValueError(f"`optimizer` must be one of {', '.join(_OPTIMIZERS)}, got {self.optimizer!r}.")
+        if self.weight_decay and self.optimizer == "adam":
+            raise ValueError("`weight_decay` needs optimizer='adamw' or 'sgd': adam would mix it into the moments.")
+        if self.lr_schedule not in ("constant", "cosine"):
+            raise ValueError(f"`lr_schedule` must be 'constant' or 'cosine', got {self.lr_schedule!r}.")
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"`mixed_precision` must be 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}.")
+        if self.gradient_accumulation_steps < 1 or self.keep_checkpoints < 1:
+            raise ValueError("`gradient_accumulation_steps` and `keep_checkpoints` must be at least 1.")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Give the learning rate of a step: a pure function, so resuming needs no scheduler state."""
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        decay = 0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.lr_schedule == "cosine" else 1.0
+        return self.learning_rate * warm * decay
+
+
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the weights and the last checkpoint are those from before it did."""
+
+
+class MaskedUpdate:
+    """Keep masked-out weights bit-identical through any optimiser, by masking the update and not only the gradient.
+
+    Gradients are masked before each step, so moments never learn of masked-out weights; the weights themselves are put
+    back after it, so neither weight decay nor momentum from elsewhere can move them. Only the masked-out values are
+    kept, not a second copy of the model.
+
+    Args:
+        optimizer: The optimiser whose parameters are masked.
+        masks: Parameter to `bool` tensor of its shape; False is frozen. Parameters without a mask train freely.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, masks: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
+        self._masks = dict(masks)
+        self._frozen = {parameter: parameter.detach()[~mask].clone() for parameter, mask in self._masks.items()}
+        optimizer.register_step_pre_hook(self._mask_gradients)
+        optimizer.register_step_post_hook(self._restore)
+
+    def _mask_gradients(self, *_: Any) -> None:
+        for parameter, mask in self._masks.items():
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(~mask, 0)
+
+    @torch.no_grad()
+    def _restore(self, *_: Any) -> None:
+        for parameter, mask in self._masks.items():
+            parameter.masked_scatter_(~mask, self._frozen[parameter])
+
+
+def train(
+    model: torch.nn.Module,
+    objective: Objective,
+    config: TrainingConfig,
+    *,
+    output_dir: str | Path | None = None,
+    masks: Mapping[str, torch.Tensor] | None = None,
+    resume: bool = False,
+    identity: Mapping[str, Any] | None = None,
+    accelerator: Accelerator | None = None,
+    description: str = "train",
+    on_checkpoint: Callable[[int, torch.nn.Module], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train the parameters of a model that require gradients, in place.
+
+    Args:
+        model: The network; its trained parameters must be float32.
+        objective: What to minimise.
+        config: How.
+        output_dir: Where checkpoints and ``history.jsonl`` go; None writes nothing.
+        masks: Parameter name to `bool` mask; False entries keep their bits. See `MaskedUpdate`.
+        resume: Continue from the newest checkpoint in `output_dir`; from the start if there is none.
+        identity: What makes this run this run (base model, concept, method); a checkpoint with another is refused.
+        accelerator: The process group to use; made from `config` if None.
+        description: The progress bar's label.
+        on_checkpoint: Called on the main process after each checkpoint with the step and the bare model.
+
+    Returns:
+        One row a step: ``step``, ``loss``, each named term, ``learning_rate``, ``seconds`` since the start.
+
+    Raises:
+        NonFiniteLossError: If the loss is NaN or infinite. The model keeps its last good weights.
+        ValueError: If the batch can't be shared equally, or the checkpoint is of another run.
+        OSError: If the checkpoints would not fit on the disk.
+    """
+    accelerator = accelerator or make_accelerator(config, output_dir)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _check(parameters, objective, config, accelerator, output_dir)
+    if config.gradient_checkpointing and hasattr(model, "enable_gradient_checkpointing"):
+        model.enable_gradient_checkpointing()
+    identity = {**(identity or {}), "training": asdict(config), "batch_size": objective.batch_size}
+    optimizer = _make_optimizer(parameters, config)
+    device_masks = {name: mask.to(accelerator.device) for name, mask in (masks or {}).items()}
+    model.to(accelerator.device)
+    if device_masks:
+        MaskedUpdate(optimizer, {parameters[name]: mask for name, mask in device_masks.items()})
+    run = _Run(parameters, optimizer, config, Path(output_dir) if output_dir else None, identity)
+    start = run.restore() if resume else 0
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    progress = tqdm(
+        range(start, config.steps), desc=description, initial=start, total=config.steps,
+        disable=not accelerator.is_main_process,
+    )  # fmt: skip
+    began = time.perf_counter()
+    for step in progress:
+        row = _step(wrapped, prepared, objective, config, accelerator, step)
+        run.after_step()
+        row["seconds"] = time.perf_counter() - began
+        run.history.append(row)
+        progress.set_postfix(loss=f"{row['loss']:.4f}")
+        if accelerator.trackers:
+            accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
+        due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
+        if run.folder and accelerator.is_main_process and (due or step + 1 == config.steps):
+            run.save(step + 1)
+            if on_checkpoint:
+                on_checkpoint(step + 1, model)
+    run.adopt_average()
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # gives the model its own forward back
+    accelerator.wait_for_everyone()
+    if accelerator.trackers:
+        accelerator.end_training()
+    return run.history
+
+
+def make_accelerator(config: TrainingConfig, output_dir: str | Path | None = None) -> Accelerator:
+    """Make the process group that `train` runs on, from a config and, under ``accelerate launch``, its environment.
+
+    Args:
+        config: Gives precision and tracker.
+        output_dir: Tracker logs go to ``output_dir/logs``.
+
+    Returns:
+        The accelerator, with its trackers started.
+    """
+    if config.log_with and output_dir is None:
+        raise ValueError(f"log_with={config.log_with!r} needs an output folder for its logs.")
+    AcceleratorState._reset_state()  # else the precision of an earlier call in this process could not be left
+    project = ProjectConfiguration(logging_dir=str(Path(output_dir) / "logs")) if output_dir else None
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.log_with, project_config=project)
+    if config.log_with:
+        plain = {k: v for k, v in asdict(config).items() if isinstance(v, int | float | str | bool)}
+        accelerator.init_trackers("sfumato", config=plain)
+    return accelerator
+
+
+def _check(
+    parameters: Mapping[str, torch.nn.Parameter],
+    objective: Objective,
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    output_dir: str | Path | None,
+) -> None:
+    if not parameters:
+        raise ValueError("No parameter requires a gradient, so there is nothing to train.")
+    half = [name for name, p in parameters.items() if p.dtype != torch.float32]
+    if half:
+        raise ValueError(f"Trained weights must be float32, {half[0]} is {parameters[half[0]].dtype}; use model.float().")
+    shards = accelerator.num_processes * config.gradient_accumulation_steps
+    if objective.batch_size % shards:
+        raise ValueError(
+            f"A batch of {objective.batch_size} can't be shared equally by {accelerator.num_processes} processes x "
+            f"{config.gradient_accumulation_steps} accumulation steps; use a multiple of {shards}."
+        )
+    if output_dir:
+        size = sum(4 * p.numel() for p in parameters.values())
+        copies = 3 + (config.ema_decay is not None)  # weights, two moments, average
+        storage.check_disk_space(output_dir, copies * size * (config.keep_checkpoints + 1))
+
+
+def _make_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    options = {} if config.optimizer == "adam" else {"weight_decay": config.weight_decay}
+    return _OPTIMIZERS[config.optimizer](list(parameters.values()), lr=config.learning_rate, **options)
+
+
+def _step(
+    model: torch.nn.Module,
+    optimizer: Any,
+    objective: Objective,
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    step: int,
+) -> dict[str, float]:
+    """One optimiser step over the global batch; the weights do not change if the loss is not finite."""
+    passes = config.gradient_accumulation_steps
+    sums: dict[str, torch.Tensor] = {}
+    for number in range(passes):
+        shard = Shard(number * accelerator.num_processes + accelerator.process_index, passes * accelerator.num_processes)
+        with nullcontext() if number == passes - 1 else accelerator.no_sync(model):
+            with accelerator.autocast():
+                terms = objective.losses(model, step, shard)
+            total = torch.stack([term.float() for term in terms.values()]).sum()
+            accelerator.backward(total / passes)
+        for name, term in {**terms, "loss": total}.items():
+            sums[name] = sums.get(name, 0) + term.detach().float() / passes
+    means = accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist()
+    row = {"step": float(step), **dict(zip(sums, means, strict=True)), "learning_rate": config.learning_rate_at(step)}
+    if not all(math.isfinite(value) for value in means):
+        optimizer.zero_grad()
+        raise NonFiniteLossError(
+            f"The loss became {row['loss']} at step {step}; stopped before it reached the weights. The last checkpoint "
+            "is kept. Try a smaller learning rate, max_grad_norm=1, or mixed_precision='no'."
+        )
+    if config.max_grad_norm is not None:
+        accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = row["learning_rate"]
+    optimizer.step()
+    optimizer.zero_grad()
+    return row
+
+
+class _Run:
+    """What a checkpoint holds: trained weights, optimiser state, the average if any, and the history so far."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        config: TrainingConfig,
+        folder: Path | None,
+        identity: Mapping[str, Any],
+    ) -> None:
+        self.parameters, self.optimizer, self.config, self.folder = parameters, optimizer, config, folder
+        self.identity = json.loads(json.dumps(identity))
+        self.history: list[dict[str, float]] = []
+        self.average = (
+            {name: p.detach().clone() for name, p in parameters.items()} if config.ema_decay is not None else {}
+        )
+
+    def after_step(self) -> None:
+        """Move the average towards the weights, more slowly as the run grows older."""
+        if self.average:
+            seen = len(self.history) + 1
+            decay = min(self.config.ema_decay or 0.0, (1 + seen) / (10 + seen))
+            torch._foreach_lerp_(
+                list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay
+            )
+
+    @torch.no_grad()
+    def adopt_average(self) -> None:
+        for name, value in self.average.items():
+            self.parameters[name].copy_(value)
+
+    def save(self, step: int) -> None:
+        """Write checkpoint `step`, then drop the ones too many; a kill in between leaves at least one whole."""
+        assert self.folder is not None
+        target = self.folder / "checkpoints" / f"step-{step:08d}"
+        state = self.optimizer.state_dict()["state"]
+        moments = {
+            f"{index}.{key}": torch.as_tensor(value) for index, entry in state.items() for key, value in entry.items()
+            if value is not None
+        }  # fmt: skip
+        with storage.atomic_directory(target) as partial:
+            storage.save_tensors(partial / "weights.safetensors", self.parameters)
+            if moments:  # plain SGD has none
+                storage.save_tensors(partial / "optimizer.safetensors", moments)
+            if self.average:
+                storage.save_tensors(partial / "average.safetensors", self.average)
+            storage.write_text(partial / "history.json", json.dumps(self.history))
+            storage.write_text(partial / "state.json", json.dumps({"step": step, "identity": self.identity}, indent=1))
+        for old in sorted(target.parent.glob("step-*"))[: -self.config.keep_checkpoints]:
+            shutil.rmtree(old)
+
+    def restore(self) -> int:
+        """Load the newest checkpoint into the parameters and the optimiser; returns its step, 0 if there is none."""
+        folders = sorted(self.folder.glob("checkpoints/step-*")) if self.folder else []
+        if not folders:
+            return 0
+        newest = folders[-1]
+        stored = json.loads((newest / "state.json").read_text())
+        differing = [key for key in self.identity if stored["identity"].get(key) != self.identity[key]]
+        if differing:
+            raise ValueError(
+                f"{newest} is a checkpoint of another run: {', '.join(differing)} differ (there "
+                f"{stored['identity'].get(differing[0])!r}, here {self.identity[differing[0]]!r}). Resume with the same "
+                "model and settings, or choose another output folder."
+            )
+        weights = storage.load_tensors(newest / "weights.safetensors")
+        if {n: tuple(t.shape) for n, t in weights.items()} != {n: tuple(p.shape) for n, p in self.parameters.items()}:
+            raise ValueError(f"{newest} holds the weights of another model. Choose another output folder.")
+        entries: dict[int, dict[str, torch.Tensor]] = {}
+        moments = newest / "optimizer.safetensors"
+        for name, value in (storage.load_tensors(moments) if moments.exists() else {}).items():
+            index, key = name.split(".", 1)
+            entries.setdefault(int(index), {})[key] = value
+        with torch.no_grad():
+            for name, value in weights.items():
+                self.parameters[name].copy_(value)
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": entries})
+        if self.average:
+            averages = storage.load_tensors(newest / "average.safetensors")
+            self.average = {name: averages[name].to(p.device) for name, p in self.parameters.items()}
+        self.history = json.loads((newest / "history.json").read_text())
+        return int(stored["step"])

@@ -1,0 +1,80 @@
+import json
+
+import pytest
+import torch
+
+from sfumato import storage
+
+
+def test_directory_appears_only_when_its_block_ends_well(tmp_path):
+    target = tmp_path / "result"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(RuntimeError), storage.atomic_directory(target) as partial:
+        (partial / "new").write_text("new")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+    assert (target / "old").read_text() == "old"
+    with storage.atomic_directory(target) as partial:
+        (partial / "new").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["new"]
+
+
+def test_tensors_and_metadata_survive_the_file(tmp_path):
+    tensors = {"a": torch.randn(3, 4).half(), "b": torch.tensor(7)}
+    path = storage.save_tensors(tmp_path / "x.safetensors", tensors, {"n": 3, "words": ["é", "b"]})
+    loaded = storage.load_tensors(path)
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    assert storage.read_metadata(path) == {"n": 3, "words": ["é", "b"]}
+
+
+def test_truncated_file_is_named(tmp_path):
+    path = storage.save_tensors(tmp_path / "x.safetensors", {"a": torch.randn(100)})
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="x.safetensors is corrupt or cut short"):
+        storage.load_tensors(path)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no.safetensors"):
+        storage.load_tensors(tmp_path / "no.safetensors")
+
+
+def test_fingerprint_depends_on_names_shapes_types_and_values_but_not_on_order():
+    a, b = ("a", torch.arange(4.0)), ("b", torch.ones(2))
+    prints = {
+        storage.fingerprint(pairs)
+        for pairs in ([a, b], [("c", a[1]), b], [("a", a[1].view(2, 2)), b], [("a", a[1].half()), b], [("a", a[1] + 1), b])
+    }
+    assert len(prints) == 5
+    assert storage.fingerprint([a, b]) == storage.fingerprint([b, a])
+
+
+def test_output_folder_with_a_finished_model_is_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="already holds a finished model"):
+        storage.check_output_dir(tmp_path, resume=True)
+
+
+def test_output_folder_with_an_unfinished_run_needs_resume(tmp_path):
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="--resume"):
+        storage.check_output_dir(tmp_path)
+    assert storage.check_output_dir(tmp_path, resume=True) == tmp_path
+
+
+def test_output_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        storage.check_output_dir(tmp_path / "file" / "out")
+
+
+def test_full_disk_is_refused_before_the_work(tmp_path):
+    with pytest.raises(OSError, match="Not enough disk space"):
+        storage.check_disk_space(tmp_path / "not" / "yet", 10**18)
+
+
+def test_text_is_written_whole(tmp_path):
+    path = storage.write_text(tmp_path / "deep" / "x.json", json.dumps({"a": 1}))
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["x.json"]

@@ -1,0 +1,172 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sfumato import storage
+from sfumato.randomness import randn_for
+from sfumato.trainer import MaskedUpdate, NonFiniteLossError, Shard, TrainingConfig, train
+
+
+class Regression:
+    """Fit a linear map to a fixed one, on inputs keyed by step and position."""
+
+    batch_size = 8
+
+    def __init__(self, bad_step=None, die_at=None):
+        self.bad_step, self.die_at = bad_step, die_at
+
+    def losses(self, model, step, shard):
+        if step == self.die_at:
+            raise KeyboardInterrupt
+        span = shard.of(self.batch_size)
+        inputs = randn_for([(step, k) for k in span], (3,))
+        error = (model(inputs) - inputs.flip(1)).pow(2).mean()
+        return {"fit": error * (float("nan") if step == self.bad_step else 1.0), "norm": 1e-3 * model.weight.pow(2).sum()}
+
+
+CONFIG = TrainingConfig(steps=12, learning_rate=0.05, optimizer="adamw", weight_decay=0.1, checkpoint_every=4)
+
+
+def linear():
+    torch.manual_seed(0)
+    return torch.nn.Linear(3, 3)
+
+
+def test_training_reduces_the_loss_and_reports_every_term():
+    history = train(linear(), Regression(), replace(CONFIG, steps=200))
+    assert history[-1]["fit"] < 0.1 * history[0]["fit"]
+    assert set(history[0]) == {"step", "fit", "norm", "loss", "learning_rate", "seconds"}
+    assert history[0]["loss"] == pytest.approx(history[0]["fit"] + history[0]["norm"], rel=1e-6)
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_run_cut_short_resumes_to_the_same_bits(tmp_path, optimizer, ema_decay):
+    config = replace(CONFIG, optimizer=optimizer, weight_decay=0.1 * (optimizer != "adam"), ema_decay=ema_decay, lr_schedule="cosine")
+    whole, cut, resumed = linear(), linear(), linear()
+    expected = train(whole, Regression(), config)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, Regression(die_at=10), config, output_dir=tmp_path)
+    history = train(resumed, Regression(), config, output_dir=tmp_path, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert [row["loss"] for row in history] == [row["loss"] for row in expected]
+
+
+@pytest.mark.parametrize("passes", [2, 4])
+def test_accumulated_passes_give_the_whole_batch(passes):
+    whole, split = linear(), linear()
+    train(whole, Regression(), CONFIG)
+    train(split, Regression(), replace(CONFIG, gradient_accumulation_steps=passes))
+    assert torch.allclose(whole.weight, split.weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_masked_out_weights_keep_their_bits_under_weight_decay(optimizer):
+    model = linear()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    masks = {"weight": torch.rand(3, 3) < 0.5, "bias": torch.zeros(3, dtype=torch.bool)}
+    train(model, Regression(), replace(CONFIG, optimizer=optimizer), masks=masks)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter[~masks[name]], before[name][~masks[name]])
+        assert (parameter[masks[name]] != before[name][masks[name]]).all()
+
+
+def test_mask_holds_even_if_moments_were_filled_before_it():
+    model = linear()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    model(torch.randn(4, 3)).pow(2).sum().backward()
+    optimizer.step()
+    before = model.weight.detach().clone()
+    MaskedUpdate(optimizer, {model.weight: torch.eye(3, dtype=torch.bool)})
+    model(torch.randn(4, 3)).pow(2).sum().backward()
+    optimizer.step()
+    assert torch.equal(model.weight[~torch.eye(3, dtype=torch.bool)], before[~torch.eye(3, dtype=torch.bool)])
+    assert (model.weight.diag() != before.diag()).all()
+
+
+def test_loss_that_is_not_a_number_stops_with_the_last_good_weights(tmp_path):
+    model, good = linear(), linear()
+    with pytest.raises(NonFiniteLossError, match="nan at step 9"):
+        train(model, Regression(bad_step=9), CONFIG, output_dir=tmp_path)
+    train(good, Regression(), replace(CONFIG, steps=8))
+    stored = storage.load_tensors(tmp_path / "checkpoints" / "step-00000008" / "weights.safetensors")
+    assert torch.equal(stored["weight"], good.weight)
+    assert torch.isfinite(model.weight).all()
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path):
+    train(linear(), Regression(), CONFIG, output_dir=tmp_path, identity={"base": "one"})
+    with pytest.raises(ValueError, match="checkpoint of another run: base differ"):
+        train(linear(), Regression(), CONFIG, output_dir=tmp_path, identity={"base": "two"}, resume=True)
+    with pytest.raises(ValueError, match="another run: training"):
+        train(linear(), Regression(), replace(CONFIG, learning_rate=1.0), output_dir=tmp_path, identity={"base": "one"}, resume=True)
+
+
+def test_corrupt_checkpoint_is_named_and_kept(tmp_path):
+    train(linear(), Regression(), CONFIG, output_dir=tmp_path)
+    file = tmp_path / "checkpoints" / "step-00000012" / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(ValueError, match="corrupt or cut short"):
+        train(linear(), Regression(), CONFIG, output_dir=tmp_path, resume=True)
+    assert file.exists()
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    train(linear(), Regression(), replace(CONFIG, keep_checkpoints=2), output_dir=tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
+    assert json.loads((tmp_path / "checkpoints" / "step-00000012" / "state.json").read_text())["step"] == 12
+
+
+def test_batch_that_can_not_be_shared_equally_is_refused():
+    with pytest.raises(ValueError, match="batch of 8 can't be shared equally"):
+        train(linear(), Regression(), replace(CONFIG, gradient_accumulation_steps=3))
+
+
+def test_half_precision_weights_are_refused():
+    with pytest.raises(ValueError, match="must be float32"):
+        train(linear().half(), Regression(), CONFIG)
+
+
+def test_model_without_trainable_weights_is_refused():
+    with pytest.raises(ValueError, match="nothing to train"):
+        train(linear().requires_grad_(False), Regression(), CONFIG)
+
+
+def test_bf16_trains_with_float32_weights():
+    model = linear()
+    history = train(model, Regression(), replace(CONFIG, steps=100, mixed_precision="bf16"))
+    assert model.weight.dtype == torch.float32
+    assert history[-1]["fit"] < 0.3 * history[0]["fit"]
+    assert model(torch.randn(1, 3)).dtype == torch.float32
+
+
+def test_tensorboard_receives_the_losses(tmp_path):
+    train(linear(), Regression(), replace(CONFIG, log_with="tensorboard"), output_dir=tmp_path)
+    assert list((tmp_path / "logs").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("steps", 0, "`steps` must be at least 1, got 0"),
+        ("learning_rate", float("nan"), "`learning_rate` must be a positive number"),
+        ("optimizer", "adagrad", "`optimizer` must be one of adam, adamw, sgd, got 'adagrad'"),
+        ("lr_schedule", "step", "`lr_schedule` must be"),
+        ("mixed_precision", "int8", "`mixed_precision` must be"),
+        ("gradient_accumulation_steps", 0, "must be at least 1"),
+    ],
+)
+def test_bad_settings_are_refused_at_construction(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**{field: value})
+
+
+def test_weight_decay_in_plain_adam_is_refused():
+    with pytest.raises(ValueError, match="adamw"):
+        TrainingConfig(optimizer="adam", weight_decay=0.1)
+
+
+def test_shards_cover_the_batch_without_overlap():
+    assert [k for i in range(4) for k in Shard(i, 4).of(12)] == list(range(12))
