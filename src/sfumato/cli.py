@@ -1,0 +1,81 @@
+"""The ``sfumato`` command: parses, calls, prints. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; errors a user can mend are printed as one sentence, with exit status 1."""
+    parser = _make_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "unlearn":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        options.run(options, rest)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; a job continues with --resume")
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    from sfumato import __version__
+
+    parser = argparse.ArgumentParser(prog="sfumato", description="Samplers, exact inversion and concept unlearning.")
+    parser.add_argument("--version", action="version", version=f"sfumato {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="erase a concept from the embedded model and show the proof (six minutes)")
+    demo.add_argument("--output", default="demo", help="folder for report.html, report.json and the unlearned model")
+    demo.add_argument("--forget", default="sneaker", help="the concept to erase")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--forget-repeats", type=int, default=8, help="pictures for each prompt with the concept")
+    demo.add_argument("--retain-repeats", type=int, default=2, help="pictures for each prompt without it")
+    demo.add_argument("--num-inference-steps", type=int, default=25, help="sampler steps of each picture")
+    demo.add_argument("--training-steps", type=int, default=None, help="override the recipe's number of steps")
+    demo.set_defaults(run=_demo)
+
+    unlearn = commands.add_parser(
+        "unlearn", add_help=False, help="erase a concept from a model (sfumato unlearn salun --help)"
+    )
+    unlearn.add_argument("method", nargs="?", default=None)
+    unlearn.set_defaults(run=_unlearn)
+
+    methods = commands.add_parser("methods", help="list the unlearning methods")
+    methods.set_defaults(run=_methods)
+    return parser
+
+
+def _demo(options: argparse.Namespace, _: Sequence[str]) -> None:
+    from sfumato.demo import DemoConfig, run_demo
+
+    settings = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
+    run_demo(DemoConfig(**settings))
+
+
+def _unlearn(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from sfumato.unlearning.core import METHODS
+    from sfumato.unlearning.job import main as run_job
+
+    if options.method not in METHODS:
+        sys.exit(f"usage: sfumato unlearn METHOD --forget CONCEPT --output FOLDER ...; methods: {', '.join(METHODS)}")
+    run_job(options.method, list(rest))
+
+
+def _methods(_: argparse.Namespace, __: Sequence[str]) -> None:
+    from importlib import import_module
+
+    from sfumato.unlearning.core import METHODS
+
+    for name, (module, _config) in METHODS.items():
+        summary = (import_module(module).__doc__ or "").strip().splitlines()[0]
+        print(f"{name:12}{summary}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""The main job: erase a concept from the embedded model with a real ``accelerate launch``, and prove it on one page.
+
+Draw every prompt of the protocol, unlearn, draw the same prompts from the same seeds, judge both, and write
+``report.html`` and ``report.json`` beside the unlearned pipeline.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+from sfumato import concepts, families, storage
+from sfumato.evaluation import report as page
+from sfumato.evaluation.generation import draw
+from sfumato.evaluation.judge import Judge
+from sfumato.evaluation.unlearning import Protocol, UnlearningScores, score_pipeline
+from sfumato.schedulers.scheduling_time_shift import TimeShiftScheduler
+from sfumato.unlearning.core import peak_memory_mb
+
+__all__ = ["DemoConfig", "run_demo"]
+
+GUIDANCE = 3.0
+UA_TARGET, RETAIN_TARGET = 0.95, 0.03
+SAMPLER_STEPS = 10
+
+
+@dataclass
+class DemoConfig:
+    """What to show.
+
+    Attributes:
+        output: Folder for everything; an earlier demo in it is replaced, anything else is refused.
+        forget: The concept to erase.
+        seed: Seeds pictures and training.
+        forget_repeats: Pictures for each prompt that names the concept.
+        retain_repeats: Pictures for each other prompt.
+        num_inference_steps: Sampler steps of each judged picture.
+        training_steps: Overrides the recipe's number of steps.
+    """
+
+    output: str = "demo"
+    forget: str = "sneaker"
+    seed: int = 0
+    forget_repeats: int = 8
+    retain_repeats: int = 2
+    num_inference_steps: int = 25
+    training_steps: int | None = None
+
+
+def run_demo(config: DemoConfig) -> dict[str, Any]:
+    """Run the demo, print its table and the path of its report.
+
+    Args:
+        config: What to show.
+
+    Returns:
+        The content of ``report.json``.
+
+    Raises:
+        FileExistsError: If the output folder holds something that is not an earlier demo.
+        ValueError: If the concept is unknown.
+        RuntimeError: If the unlearning job fails.
+    """
+    began = time.perf_counter()
+    output = _check_output(Path(config.output))
+    pipe = families.load("atelier")
+    vocabulary = concepts.vocabulary_of(pipe)
+    assert vocabulary is not None  # atelier ships with one
+    concepts.resolve(pipe, config.forget)
+    protocol = Protocol.for_concept(
+        vocabulary, config.forget, forget_repeats=config.forget_repeats, retain_repeats=config.retain_repeats
+    )
+    judge = Judge.load(families.assets_folder() / "judge")
+    drawing = {"seed": config.seed, "num_inference_steps": config.num_inference_steps, "guidance_scale": GUIDANCE}
+    seconds: dict[str, float] = {}
+    with storage.atomic_directory(output) as folder:
+        samplers = _timed(seconds, "samplers", lambda: _compare_samplers(pipe, vocabulary, config.seed))
+        before, pictures_before = _timed(
+            seconds, "before", lambda: score_pipeline(pipe, protocol, judge, description="draw before", **drawing)
+        )
+        _timed(seconds, "unlearning", lambda: _launch(config, folder / "unlearned"))
+        unlearned = DiffusionPipeline.from_pretrained(folder / "unlearned", dtype=torch.float32)
+        after, pictures_after = _timed(
+            seconds, "after", lambda: score_pipeline(unlearned, protocol, judge, description="draw after", **drawing)
+        )
+        seconds["total"] = time.perf_counter() - began
+        manifest = json.loads((folder / "unlearned" / "manifest.json").read_text())
+        history = json.loads((folder / "unlearned" / "history.json").read_text())
+        results = _results(config, before, after, seconds, manifest)
+        pairs = _pairs(protocol, pictures_before, pictures_after, vocabulary)
+        content = page.Report(
+            title=f"Erasing “{config.forget}” from atelier",
+            summary=_verdict(config.forget, results),
+            metrics=_metric_rows(config.forget, before, after),
+            sections=[*pairs, *samplers],
+            history=history,
+            facts=_facts(config, seconds, results, manifest),
+            command=_command(config),
+            reproduce="The same seeds give the same pictures and weights on the same machine; across machines the "
+            "last digits of the arithmetic differ, and the shares agree within their intervals.",
+        )
+        page.write_report(content, folder / "report.html")
+        storage.write_text(folder / "report.json", json.dumps(results, indent=1))
+        for section, name in zip(pairs, ("forgotten", "kept"), strict=True):
+            for caption, grid in section.grids:
+                page.picture_grid(grid, scale=3).save(folder / f"{name}-{caption}.png")
+    print(page.plain_table(_metric_rows(config.forget, before, after)))
+    print(f"{_verdict(config.forget, results)}\n{seconds['total']:.0f} s; report: {output / 'report.html'}")
+    return results
+
+
+def _check_output(output: Path) -> Path:
+    """Accept a folder that is absent, empty, or an earlier demo's."""
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"{output} is a file; choose another folder with --output.")
+    if output.is_dir() and any(output.iterdir()):
+        try:
+            ours = json.loads((output / "report.json").read_text()).get("made_by") == "sfumato demo"
+        except (OSError, json.JSONDecodeError):
+            ours = False
+        if not ours:
+            raise FileExistsError(f"{output} holds something that is not an earlier demo; choose another --output.")
+    storage.check_disk_space(output, 100_000_000)
+    return output
+
+
+def _timed(seconds: dict[str, float], name: str, call: Any) -> Any:
+    began = time.perf_counter()
+    result = call()
+    seconds[name] = time.perf_counter() - began
+    return result
+
+
+def _launch(config: DemoConfig, output: Path) -> None:
+    """Unlearn in a process group of its own, as a user would."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(os.cpu_count() or 1),
+        "-m", "sfumato.training.salun", "--model", "atelier", "--forget", config.forget, "--output", str(output),
+        "--seed", str(config.seed),
+    ]  # fmt: skip
+    if config.training_steps is not None:
+        command += ["--steps", str(config.training_steps)]
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        raise RuntimeError(f"The unlearning job failed with status {status}; its own message stands above.")
+
+
+def _compare_samplers(pipe: DiffusionPipeline, vocabulary: concepts.Vocabulary, seed: int) -> list[page.GridSection]:
+    """Draw with the stock scheduler and with TimeShiftScheduler from the same noise, in pixel and in latent space."""
+    pixel = families.load("atelier-pixel")
+    pixel.set_progress_bar_config(disable=True)
+    labels, copies = list(range(10)), 3
+    grids = []
+    for caption, scheduler in (
+        ("DDIM", DDIMScheduler.from_config(pixel.scheduler.config)),
+        ("TimeShift", TimeShiftScheduler.from_config(pixel.scheduler.config)),
+    ):
+        pixel.scheduler = scheduler
+        images = pixel(
+            labels * copies, num_inference_steps=SAMPLER_STEPS, guidance_scale=2.0, output_type="pt",
+            generator=torch.Generator().manual_seed(seed),
+        ).images  # fmt: skip
+        grids.append((caption, images.repeat(1, 3, 1, 1).unflatten(0, (copies, len(labels)))))
+    chosen = [int(times.float().mean()) for times in pixel.scheduler.shifted_timesteps]
+    garments = list(vocabulary.domains["garment"])
+    in_pixels = page.GridSection(
+        title=f"Samplers: {SAMPLER_STEPS} steps in pixel space",
+        text="The class-conditional pixel model, from the same noise. TimeShiftScheduler reads the variance of each "
+        f"sample and moves its time; mean time after each step here: {', '.join(map(str, chosen))}.",
+        row_labels=[f"seed {seed}.{number}" for number in range(copies)],
+        column_labels=garments,
+        grids=grids,
+    )
+    stock = pipe.scheduler
+    prompts = [f"a photo of a {garment}" for garment in garments]
+    latent = []
+    for caption, scheduler in (("DDIM", stock), ("TimeShift", TimeShiftScheduler.from_config(stock.config))):
+        pipe.scheduler = scheduler
+        drawn = draw(pipe, prompts, seed=seed, num_inference_steps=SAMPLER_STEPS, guidance_scale=GUIDANCE, description=None)
+        latent.append((caption, drawn.unsqueeze(0)))
+    spread = float(pipe.scheduler.estimated_data_variance)
+    informative = bool(pipe.scheduler.has_signal)
+    pipe.scheduler = stock
+    in_latents = page.GridSection(
+        title=f"Samplers: {SAMPLER_STEPS} steps in latent space",
+        text=f"Latents have unit variance at every time (measured {spread:.2f}), so their variance "
+        f"{'tells the time' if informative else 'says nothing about the time, and the scheduler says so'}.",
+        row_labels=["a photo of a ..."],
+        column_labels=garments,
+        grids=latent,
+    )
+    return [in_pixels, in_latents]
+
+
+def _results(
+    config: DemoConfig, before: UnlearningScores, after: UnlearningScores, seconds: Mapping[str, float],
+    manifest: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    return {
+        "made_by": "sfumato demo",
+        "method": "salun",
+        "forget": config.forget,
+        "before": before.as_dict(),
+        "after": after.as_dict(),
+        "targets": _reached(before, after),
+        "seconds": round(seconds["total"], 1),
+        "seconds_by_stage": {name: round(value, 1) for name, value in seconds.items()},
+        "peak_memory_mb": round(max(peak_memory_mb(torch.device("cpu")), children), 1),
+        "protocol": {
+            "forget_pictures": before.ua.total, "retain_pictures": before.ira.total, "seed": config.seed,
+            "num_inference_steps": config.num_inference_steps, "guidance_scale": GUIDANCE, "judge": "atelier judge",
+        },
+        "manifest": dict(manifest),
+        "command": _command(config),
+    }  # fmt: skip
+
+
+def _reached(before: UnlearningScores, after: UnlearningScores) -> dict[str, bool]:
+    return {
+        "ua": after.ua.value >= UA_TARGET,
+        "ira": after.ira.value >= before.ira.value - RETAIN_TARGET,
+        "cra": after.cra.value >= before.cra.value - RETAIN_TARGET,
+    }
+
+
+def _metric_rows(forget: str, before: UnlearningScores, after: UnlearningScores) -> list[page.MetricRow]:
+    reached = _reached(before, after)
+    kept = f"within {100 * RETAIN_TARGET:.0f} points of the original"
+    return [
+        page.MetricRow(
+            "UA", f"Pictures asked to show “{forget}” that do not show it. Higher is better.",
+            before.ua, after.ua, f"at least {100 * UA_TARGET:.0f} %", reached["ua"],
+        ),
+        page.MetricRow(
+            "IRA", "Pictures of everything else in the same domain that show what they should. Higher is better.",
+            before.ira, after.ira, kept, reached["ira"],
+        ),
+        page.MetricRow(
+            "CRA", "The same pictures, judged in every other domain at once. Higher is better.",
+            before.cra, after.cra, kept, reached["cra"],
+        ),
+    ]  # fmt: skip
+
+
+def _verdict(forget: str, results: Mapping[str, Any]) -> str:
+    after, before, reached = results["after"], results["before"], results["targets"]
+    gone = "is gone" if reached["ua"] else "is not gone"
+    kept = "the rest stayed" if reached["ira"] and reached["cra"] else "the rest did not fully stay"
+    return (
+        f"“{forget}” {gone}: {after['ua']['value']:.1%} of the pictures asked to show it no longer do; {kept}: retain "
+        f"accuracies {after['ira']['value']:.1%} (before {before['ira']['value']:.1%}) and {after['cra']['value']:.1%} "
+        f"(before {before['cra']['value']:.1%})."
+    )
+
+
+def _pairs(
+    protocol: Protocol, before: torch.Tensor, after: torch.Tensor, vocabulary: concepts.Vocabulary
+) -> list[page.GridSection]:
+    """Before and after from the same seeds: one section for the concept, one for everything else in its domain."""
+    domain = next(iter(protocol.target))
+    columns_domain, rows_domain = [name for name in vocabulary.domains if name != domain][:2]
+    rows_words, columns = vocabulary.domains[rows_domain], vocabulary.domains[columns_domain]
+
+    def cell(wanted: Mapping[str, str]) -> int:
+        return next(k for k, row in enumerate(protocol.attributes) if all(row[d] == w for d, w in wanted.items()))
+
+    forget = [[cell({**protocol.target, rows_domain: row, columns_domain: c}) for row in rows_words] for c in columns]
+    others = [word for word in vocabulary.domains[domain] if word != protocol.target[domain]]
+    kept = [
+        [cell({domain: word, columns_domain: c, rows_domain: rows_words[(i + j) % len(rows_words)]}) for i, word in enumerate(others)]
+        for j, c in enumerate(columns)
+    ]  # fmt: skip
+    name = " ".join(protocol.target.values())
+    return [
+        page.GridSection(
+            title=f"Asked for “{name}”",
+            text="The same prompts and seeds, before and after. The concept should be gone.",
+            row_labels=list(columns), column_labels=list(rows_words),
+            grids=[("before", before[torch.tensor(forget)]), ("after", after[torch.tensor(forget)])],
+        ),
+        page.GridSection(
+            title="Asked for anything else",
+            text="Nothing should have changed; colours and styles vary from picture to picture.",
+            row_labels=list(columns), column_labels=others,
+            grids=[("before", before[torch.tensor(kept)]), ("after", after[torch.tensor(kept)])],
+        ),
+    ]  # fmt: skip
+
+
+def _facts(
+    config: DemoConfig, seconds: Mapping[str, float], results: Mapping[str, Any], manifest: Mapping[str, Any]
+) -> dict[str, str]:
+    weights = sum(file.stat().st_size for file in families.assets_folder().rglob("*.safetensors"))
+    settings = manifest["settings"]
+    return {
+        "Time": f"{seconds['total']:.0f} s in all; unlearning {seconds['unlearning']:.0f} s, drawing "
+        f"{seconds['before'] + seconds['after']:.0f} s",
+        "Peak memory": f"{results['peak_memory_mb']:,.0f} MB",
+        "Pictures judged": f"2 x {results['protocol']['forget_pictures'] + results['protocol']['retain_pictures']}, "
+        f"{config.num_inference_steps} DDIM steps, guidance {GUIDANCE:g}, seed {config.seed}",
+        "Method": f"SalUn, {settings['steps']} steps, learning rate {settings['learning_rate']:g}, "
+        f"{manifest['mask_density']:.0%} of the weights free to move",
+        "Anchor": ", ".join(manifest["anchors"][:3]) + ("..." if len(manifest["anchors"]) > 3 else ""),
+        "Embedded weights": f"{weights / 1e6:.1f} MB",
+        "Versions": ", ".join(f"{name} {version(name)}" for name in ("sfumato", "torch", "diffusers", "transformers")),
+    }
+
+
+def _command(config: DemoConfig) -> str:
+    parts = ["sfumato demo", f"--output {config.output}"]
+    default = DemoConfig()
+    for name in ("forget", "seed", "forget_repeats", "retain_repeats", "num_inference_steps", "training_steps"):
+        if getattr(config, name) != getattr(default, name):
+            parts.append(f"--{name.replace('_', '-')} {getattr(config, name)}")
+    return " ".join(parts)

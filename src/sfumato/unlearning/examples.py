@@ -1,0 +1,183 @@
+"""Forget and retain sets: latents with their prompts, drawn by the model itself or read from an image folder.
+
+Latents are kept as posterior means and standard deviations, so the autoencoder runs once however long the training is,
+and prompts are kept as an index into one table of embeddings, so the text encoder does too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image, UnidentifiedImageError
+from tqdm.auto import tqdm
+
+from sfumato.families import Conditioning, StableDiffusion
+from sfumato.randomness import generator_for
+
+__all__ = ["Examples", "PromptTable", "draw_examples", "read_image_folder"]
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Pictures as a method sees them.
+
+    Attributes:
+        mean: Posterior means in model units, ``(N, C, H, W)``, float32, on the CPU.
+        std: Posterior standard deviations, ``(N, C, H, W)``; zero for pictures that were never outside latent space.
+        prompts: What each shows, ``N`` of them.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    prompts: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Count the examples."""
+        return len(self.prompts)
+
+    def latents(self, index: np.ndarray, noise: torch.Tensor) -> torch.Tensor:
+        """Sample the posterior: rows `index`, with standard normal noise ``(len(index), C, H, W)``."""
+        rows = torch.from_numpy(np.asarray(index))
+        return self.mean[rows] + self.std[rows] * noise
+
+
+class PromptTable:
+    """Embeddings of a fixed set of prompts, each encoded once.
+
+    Args:
+        family: Encodes them.
+        prompts: Any prompts; repetitions are stored once.
+        batch_size: Prompts encoded at a time.
+    """
+
+    def __init__(self, family: StableDiffusion, prompts: Sequence[str], batch_size: int = 64) -> None:
+        unique = list(dict.fromkeys(prompts))
+        self._row = {prompt: row for row, prompt in enumerate(unique)}
+        parts = [family.encode_prompts(unique[i : i + batch_size]) for i in range(0, len(unique), batch_size)]
+        self._table = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        """Give the conditioning of `prompts`, ``B`` rows in their order."""
+        rows = [self._row[prompt] for prompt in prompts]
+        return {name: values[rows] for name, values in self._table.items()}
+
+
+def draw_examples(
+    family: StableDiffusion,
+    prompts: Sequence[str],
+    count: int,
+    *,
+    key: tuple[int, ...],
+    num_inference_steps: int,
+    guidance_scale: float,
+    batch_size: int,
+    accelerator: Accelerator,
+    description: str,
+) -> Examples:
+    """Let the model draw its own examples, in latent space; the processes share the work.
+
+    Args:
+        family: The model.
+        prompts: Drawn in turn, from the first, until there are enough.
+        count: How many to draw.
+        key: Seeds the pictures together with their number, so they do not depend on who draws them.
+        num_inference_steps: Sampler steps.
+        guidance_scale: Classifier-free guidance.
+        batch_size: Pictures at a time.
+        accelerator: The process group.
+        description: The progress bar's label.
+
+    Returns:
+        `count` examples, the same on every process.
+    """
+    mine = range(accelerator.process_index, count, accelerator.num_processes)
+    latents = torch.zeros(count, *family.latent_shape, device=family.device)
+    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    for batch in tqdm(batches, desc=description, disable=not accelerator.is_main_process):
+        latents[list(batch)] = family.generate(
+            [prompts[number % len(prompts)] for number in batch],
+            [generator_for(*key, number) for number in batch],
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            latents_only=True,
+        ).float()
+    latents = accelerator.reduce(latents, "sum").cpu()  # each process has filled in its own rows
+    if not torch.isfinite(latents).all():
+        raise ValueError("The model draws NaN or infinite latents; load it with dtype=torch.float32.")
+    return Examples(latents, torch.zeros_like(latents), tuple(prompts[k % len(prompts)] for k in range(count)))
+
+
+def read_image_folder(
+    family: StableDiffusion, folder: str | Path, prompts: Sequence[str], *, batch_size: int = 8
+) -> Examples:
+    """Read and encode the pictures of a folder.
+
+    Captions come from ``metadata.jsonl`` (rows with ``file_name`` and ``text``, as the datasets library has it) if the
+    folder has one; other pictures get `prompts` in turn.
+
+    Args:
+        family: Encodes the pictures, resized and centre-cropped to its native size.
+        folder: A folder of pictures.
+        prompts: Captions for pictures without one.
+        batch_size: Pictures encoded at a time.
+
+    Returns:
+        The examples, in the order of file names.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist or has no pictures.
+        ValueError: If a file is not a readable picture, or ``metadata.jsonl`` is malformed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no image folder {folder}.")
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f"The image folder {folder} has no pictures ({', '.join(IMAGE_SUFFIXES)}).")
+    captions = _captions(folder / "metadata.jsonl")
+    scale = 2 ** (len(family.pipe.vae.config.block_out_channels) - 1)
+    size = tuple(side * scale for side in family.latent_shape[1:])
+    means, stds = [], []
+    for start in tqdm(range(0, len(files), batch_size), desc=f"encode {folder.name}"):
+        pictures = torch.stack([_read_picture(file, size) for file in files[start : start + batch_size]])
+        mean, std = family.encode_images(pictures.to(family.device))
+        means.append(mean.float().cpu())
+        stds.append(std.float().cpu())
+    named = (captions.get(file.relative_to(folder).as_posix()) for file in files)
+    texts = tuple(text or prompts[number % len(prompts)] for number, text in enumerate(named))
+    return Examples(torch.cat(means), torch.cat(stds), texts)
+
+
+def _captions(path: Path) -> dict[str, str]:
+    if not path.exists():
+        return {}
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        return {row["file_name"]: row["text"] for row in rows if row.get("text")}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is malformed ({error}): each line must be JSON with 'file_name' and 'text'.") from error
+
+
+def _read_picture(file: Path, size: tuple[int, ...]) -> torch.Tensor:
+    """Read one picture as (3, H, W) in [0, 1]: resized to cover `size`, then cropped at the centre."""
+    height, width = size
+    try:
+        with Image.open(file) as opened:
+            picture = opened.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{file} is not a readable picture ({error}); remove it or replace it.") from error
+    scale = max(width / picture.width, height / picture.height)
+    resized = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
+    if resized != picture.size:
+        picture = picture.resize(resized, Image.Resampling.BICUBIC)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    array = np.asarray(picture.crop((left, top, left + width, top + height)), np.float32)
+    return torch.from_numpy(array / 255).permute(2, 0, 1)

@@ -1,0 +1,63 @@
+"""Unlearning as one job: what every script in ``training/`` that unlearns does with its command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+from sfumato import families, recipes
+from sfumato.arguments import make_parser
+from sfumato.trainer import NonFiniteLossError, TrainingConfig
+from sfumato.unlearning.core import ExampleConfig, method_config, unlearn
+
+__all__ = ["JobConfig", "main"]
+
+
+@dataclass
+class JobConfig:
+    """What to unlearn, and where the result goes.
+
+    Attributes:
+        forget: What to forget: one phrase or several.
+        output: Folder for the result; a finished model in it is never overwritten.
+        model: An embedded model, a local folder or a Hub id.
+        anchor: What to show instead of the concept.
+        retain: Prompts that must keep their meaning.
+        recipe: A YAML file of settings, or the name of a shipped recipe.
+        resume: Continue a run that was cut short.
+    """
+
+    forget: list[str] = field(metadata={"nargs": "+"})
+    output: str = field()
+    model: str = "atelier"
+    anchor: str | None = None
+    retain: list[str] | None = field(default=None, metadata={"nargs": "+"})
+    recipe: str | None = None
+    resume: bool = False
+
+
+def main(method: str, arguments: Sequence[str] | None = None) -> None:
+    """Run an unlearning job from a command line.
+
+    Values come from, in rising order: the configs' defaults, the recipe, the command line.
+
+    Args:
+        method: The unlearning method.
+        arguments: The command line; None takes the process's own.
+    """
+    parser = make_parser(
+        JobConfig, ExampleConfig, method_config(method), TrainingConfig, description=f"Unlearn with {method}."
+    )
+    try:
+        early = parser.parse_known_args(arguments)[0]
+        pipe = families.load(early.model)
+        parser.set_defaults(**recipes.settings_for(method, pipe, early.recipe))
+        job, *configs = parser.parse_args_into_dataclasses(arguments)
+        settings = {name: value for config in configs for name, value in asdict(config).items()}
+        unlearn(
+            pipe, job.forget, method, anchor=job.anchor, retain=job.retain, output_dir=job.output, resume=job.resume,
+            **settings,
+        )  # fmt: skip
+    except (ValueError, OSError, NonFiniteLossError) as error:
+        sys.exit(f"error: {error}")
