@@ -1,10 +1,10 @@
-"""Class-conditional generation in pixel space, with classifier-free guidance.
+r"""Class-conditional generation in pixel space, with classifier-free guidance.
 
-diffusers has pipelines for unconditional pixel models (DDPM, DDIM) and for class-conditional latent transformers (DiT),
-but none for a class-conditional ``UNet2DModel``. This is one: any scheduler that works with ``DDPMPipeline`` works here,
+diffusers has pipelines for unconditional pixel models (DDPM, DDIM) and for class-conditional latent transformers
+(DiT), but none for a class-conditional ``UNet2DModel``. This is one; any scheduler of ``DDPMPipeline`` works here,
 
 .. math::
-    \\hat\\epsilon = \\epsilon(x_t, \\varnothing) + w\\,(\\epsilon(x_t, c) - \\epsilon(x_t, \\varnothing)),
+    \hat\epsilon = \epsilon(x_t, \varnothing) + w\,(\epsilon(x_t, c) - \epsilon(x_t, \varnothing)),
 
 with the null class the last row of the class embedding (Ho and Salimans, "Classifier-Free Diffusion Guidance",
 arXiv 2207.12598).

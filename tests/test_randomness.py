@@ -14,7 +14,9 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch():
 
 def test_equal_keys_give_equal_streams_and_different_keys_do_not():
     assert torch.equal(torch.randn(5, generator=generator_for(1, 2)), torch.randn(5, generator=generator_for(1, 2)))
-    assert not torch.equal(torch.randn(5, generator=generator_for(1, 2)), torch.randn(5, generator=generator_for(2, 1)))
+    assert not torch.equal(
+        torch.randn(5, generator=generator_for(1, 2)), torch.randn(5, generator=generator_for(2, 1))
+    )
 
 
 def test_integers_cover_their_range_evenly():

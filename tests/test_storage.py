@@ -44,7 +44,13 @@ def test_fingerprint_depends_on_names_shapes_types_and_values_but_not_on_order()
     a, b = ("a", torch.arange(4.0)), ("b", torch.ones(2))
     prints = {
         storage.fingerprint(pairs)
-        for pairs in ([a, b], [("c", a[1]), b], [("a", a[1].view(2, 2)), b], [("a", a[1].half()), b], [("a", a[1] + 1), b])
+        for pairs in (
+            [a, b],
+            [("c", a[1]), b],
+            [("a", a[1].view(2, 2)), b],
+            [("a", a[1].half()), b],
+            [("a", a[1] + 1), b],
+        )
     }
     assert len(prints) == 5
     assert storage.fingerprint([a, b]) == storage.fingerprint([b, a])

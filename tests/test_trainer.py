@@ -23,7 +23,10 @@ class Regression:
         span = shard.of(self.batch_size)
         inputs = randn_for([(step, k) for k in span], (3,))
         error = (model(inputs) - inputs.flip(1)).pow(2).mean()
-        return {"fit": error * (float("nan") if step == self.bad_step else 1.0), "norm": 1e-3 * model.weight.pow(2).sum()}
+        return {
+            "fit": error * (float("nan") if step == self.bad_step else 1.0),
+            "norm": 1e-3 * model.weight.pow(2).sum(),
+        }
 
 
 CONFIG = TrainingConfig(steps=12, learning_rate=0.05, optimizer="adamw", weight_decay=0.1, checkpoint_every=4)
@@ -44,7 +47,13 @@ def test_training_reduces_the_loss_and_reports_every_term():
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 def test_run_cut_short_resumes_to_the_same_bits(tmp_path, optimizer, ema_decay):
-    config = replace(CONFIG, optimizer=optimizer, weight_decay=0.1 * (optimizer != "adam"), ema_decay=ema_decay, lr_schedule="cosine")
+    config = replace(
+        CONFIG,
+        optimizer=optimizer,
+        weight_decay=0.1 * (optimizer != "adam"),
+        ema_decay=ema_decay,
+        lr_schedule="cosine",
+    )
     whole, cut, resumed = linear(), linear(), linear()
     expected = train(whole, Regression(), config)
     with pytest.raises(KeyboardInterrupt):
@@ -101,7 +110,14 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="checkpoint of another run: base differ"):
         train(linear(), Regression(), CONFIG, output_dir=tmp_path, identity={"base": "two"}, resume=True)
     with pytest.raises(ValueError, match="another run: training"):
-        train(linear(), Regression(), replace(CONFIG, learning_rate=1.0), output_dir=tmp_path, identity={"base": "one"}, resume=True)
+        train(
+            linear(),
+            Regression(),
+            replace(CONFIG, learning_rate=1.0),
+            output_dir=tmp_path,
+            identity={"base": "one"},
+            resume=True,
+        )
 
 
 def test_corrupt_checkpoint_is_named_and_kept(tmp_path):

@@ -122,10 +122,14 @@ def make_pixel_denoiser() -> UNet2DModel:
 
 
 def latent_schedule() -> DDIMScheduler:
-    """The schedule of the latent model: Stable Diffusion's curve, ending lower because 8x8 latents hide noise worse."""
+    """The schedule of the latent model.
+
+    Stable Diffusion's curve, but ending lower: noise hides the mean of 8x8 latents less well than that of 64x64.
+    Trailing spacing starts sampling where the noise is purest, as Lin et al. (arXiv 2305.08891) recommend.
+    """
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.02, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1, timestep_spacing="leading",
+        steps_offset=1, timestep_spacing="trailing",
     )  # fmt: skip
 
 

@@ -28,25 +28,28 @@ from sfumato.pipelines.pipeline_class_conditional import ClassConditionalPipelin
 from sfumato.randomness import randint_for
 from sfumato.training import atelier_networks as networks
 
-REPEATS = 9  # pictures for each of the 240 combinations of garment, style and colour
-MEASURED_STEPS, MEASURED_GUIDANCE = 50, 3.0
+MEASURED_GUIDANCE = 3.0
 RENDERS_PER_COMBINATION = 2
 
 
-def release(run: Path, assets: Path, test: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+def release(
+    run: Path, assets: Path, test: tuple[np.ndarray, np.ndarray], *, repeats: int = 9, steps: int = 50
+) -> dict[str, Any]:
     """Pack the finished stages of a training run and measure the result.
 
     Args:
         run: The output folder of ``train_atelier.py``.
         assets: Where the folders go; replaced if they exist.
         test: Test pictures ``(N, 28, 28)`` and labels ``(N,)``, never trained on.
+        repeats: Generated pictures for each of the 240 combinations of garment, style and colour.
+        steps: DDIM steps of a generated picture.
 
     Returns:
         The measured figures.
     """
     pipe, pixel, judge = _pack(run, assets)
     _write_renders(assets / "renders", test)
-    quality = measure(pipe, pixel, judge, test)
+    quality = measure(pipe, pixel, judge, test, repeats, steps)
     _write_cards(run, assets, quality)
     storage.write_text(assets / "quality.json", json.dumps(quality, indent=1))
     return quality
@@ -111,16 +114,17 @@ def _write_renders(folder: Path, test: tuple[np.ndarray, np.ndarray]) -> None:
 
 
 def measure(
-    pipe: StableDiffusionPipeline, pixel: ClassConditionalPipeline, judge: Judge, test: tuple[np.ndarray, np.ndarray]
-) -> dict[str, Any]:
+    pipe: StableDiffusionPipeline, pixel: ClassConditionalPipeline, judge: Judge,
+    test: tuple[np.ndarray, np.ndarray], repeats: int, steps: int,
+) -> dict[str, Any]:  # fmt: skip
     """Judge real test renders, their reconstructions, and pictures generated from balanced prompts."""
     real, truth = _test_renders(test)
     with torch.no_grad():
         restored = torch.cat([_reconstruct(pipe, batch) for batch in real.split(500)])
     words = vocabulary()
-    wanted = words.combinations({}) * REPEATS
+    wanted = words.combinations({}) * repeats
     drawn = draw(
-        pipe, [words.prompt(one) for one in wanted], seed=1, num_inference_steps=MEASURED_STEPS,
+        pipe, [words.prompt(one) for one in wanted], seed=1, num_inference_steps=steps,
         guidance_scale=MEASURED_GUIDANCE, description="measure",
     )  # fmt: skip
     asked = {d: torch.tensor([words.domains[d].index(one[d]) for one in wanted]) for d in words.domains}
@@ -134,8 +138,8 @@ def measure(
         "frechet_generated_to_real": frechet_distance(features[2], features[0]),
         "frechet_real_to_real": frechet_distance(features[1], features[0]),
         "pictures": {"real": len(real), "generated": len(drawn)},
-        "generation": {"num_inference_steps": MEASURED_STEPS, "guidance_scale": MEASURED_GUIDANCE, "seed": 1},
-        "pixel": _measure_pixel(pixel, judge, test),
+        "generation": {"num_inference_steps": steps, "guidance_scale": MEASURED_GUIDANCE, "seed": 1},
+        "pixel": _measure_pixel(pixel, judge, test, steps),
     }
 
 
@@ -156,24 +160,24 @@ def _reconstruct(pipe: StableDiffusionPipeline, pictures: torch.Tensor) -> torch
     return (pipe.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
 
 
-def _accuracies(judge: Judge, pictures: torch.Tensor, truth: Mapping[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+def _accuracies(
+    judge: Judge, pictures: torch.Tensor, truth: Mapping[str, torch.Tensor]
+) -> dict[str, dict[str, float]]:
     seen = judge.predict(pictures)
-    return {
-        name: wilson(int((seen[name] == truth[name]).sum()), len(pictures)).as_dict() for name in judge.domains
-    }
+    return {name: wilson(int((seen[name] == truth[name]).sum()), len(pictures)).as_dict() for name in judge.domains}
 
 
 def _measure_pixel(
-    pixel: ClassConditionalPipeline, judge: Judge, test: tuple[np.ndarray, np.ndarray]
+    pixel: ClassConditionalPipeline, judge: Judge, test: tuple[np.ndarray, np.ndarray], steps: int
 ) -> dict[str, dict[str, float]]:
-    """Judge the garments of the pixel model, enlarged and drawn as blue photos, beside real ones shrunk to its size."""
+    """Judge the pixel model's garments, enlarged and drawn as blue photos, beside real ones shrunk to its size."""
     images, labels = test
     asked = torch.arange(1000) % len(atelier.GARMENTS)
     scheduler = pixel.scheduler
     pixel.scheduler = DDIMScheduler.from_config(scheduler.config)
     parts = [
         pixel(
-            batch, num_inference_steps=MEASURED_STEPS, guidance_scale=2.0, output_type="pt",
+            batch, num_inference_steps=steps, guidance_scale=2.0, output_type="pt",
             generator=torch.Generator().manual_seed(number),
         ).images
         for number, batch in enumerate(asked.split(250))
@@ -203,7 +207,8 @@ def _write_cards(run: Path, assets: Path, quality: Mapping[str, Any]) -> None:
             license="apache-2.0", library_name="diffusers", datasets=["zalando-datasets/fashion_mnist"],
             tags=["sfumato", "embedded"],
         )  # fmt: skip
-        body = f"# {title}\n\n{text}\n\n## Training\n\n{_training_text(run, stages)}\n\n![training curves](training.png)\n"
+        trained = f"## Training\n\n{_training_text(run, stages)}\n\n![training curves](training.png)\n"
+        body = f"# {title}\n\n{text}\n\n{trained}"
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(assets / name / "README.md")
 
 
@@ -219,8 +224,8 @@ def _atelier_text(quality: Mapping[str, Any]) -> str:
     ]
     settings = quality["generation"]
     return (
-        "A `StableDiffusionPipeline` small enough to ship inside a Python package, for trying and testing samplers and "
-        "unlearning without a download: ten Fashion-MNIST garments in four styles and six colours. Load it with "
+        "A `StableDiffusionPipeline` small enough to ship inside a Python package, for trying and testing samplers "
+        "and unlearning without a download: ten Fashion-MNIST garments in four styles and six colours. Load it with "
         "`sfumato.load('atelier')`.\n\n"
         f"The judge's accuracy on {quality['pictures']['real']:,} real test renders, on their reconstructions by the "
         f"autoencoder, and on {quality['pictures']['generated']:,} pictures generated from balanced prompts "
@@ -236,7 +241,8 @@ def _pixel_text(quality: Mapping[str, Any]) -> str:
     return (
         "A class-conditional DDPM in pixel space (epsilon prediction, linear betas), for samplers that need pixel "
         "statistics. Load it with `sfumato.load('atelier-pixel')`; labels 0 to 9 are "
-        f"{', '.join(atelier.GARMENTS)}.\n\nGarment accuracy of the judge on 1,000 pictures (50 DDIM steps, guidance 2), "
+        f"{', '.join(atelier.GARMENTS)}.\n\nGarment accuracy of the judge on 1,000 pictures "
+        f"({quality['generation']['num_inference_steps']} DDIM steps, guidance 2), "
         f"enlarged and coloured: generated {_percent(quality['pixel']['generated'])}, real test pictures at the same "
         f"size {_percent(quality['pixel']['real'])}."
     )
@@ -246,8 +252,8 @@ def _judge_text(quality: Mapping[str, Any]) -> str:
     rows = "\n".join(f"| {domain} | {_percent(cell)} |" for domain, cell in quality["real"].items())
     return (
         "A small classifier with three heads, trained on renders of Fashion-MNIST's training pictures only. Load it "
-        "with `sfumato.Judge.load(folder)`.\n\nAccuracy on real test renders, with 95 % Wilson intervals; much of what "
-        "is missing on garments is lost in silhouettes and mosaics:\n\n| | accuracy |\n|---|---|\n" + rows
+        "with `sfumato.Judge.load(folder)`.\n\nAccuracy on real test renders, with 95 % Wilson intervals; much of "
+        "what is missing on garments is lost in silhouettes and mosaics:\n\n| | accuracy |\n|---|---|\n" + rows
     )
 
 
@@ -268,7 +274,8 @@ def _draw_curves(run: Path, stages: tuple[str, ...], path: Path) -> None:
         loss = np.array([row["loss"] for row in json.loads((run / stage / "history.json").read_text())])
         width = max(1, len(loss) // 100)
         axes.semilogy(np.arange(len(loss)), loss, alpha=0.25, linewidth=0.6)
-        axes.semilogy(np.arange(width - 1, len(loss)), np.convolve(loss, np.ones(width) / width, "valid"), linewidth=1.2)
+        axes.semilogy(
+            np.arange(width - 1, len(loss)), np.convolve(loss, np.ones(width) / width, "valid"), linewidth=1.2
+        )
         axes.set(title=stage, xlabel="step", ylabel="loss")
     figure.savefig(path)
-

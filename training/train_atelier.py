@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
@@ -50,6 +50,8 @@ class AtelierConfig:
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
         checkpoint_every: Steps between checkpoints.
         seed: Seeds everything.
+        measured_repeats: Pictures generated for each combination of garment, style and colour, to measure the quality.
+        measured_steps: Sampler steps of these.
     """
 
     output: str = "atelier"
@@ -57,11 +59,13 @@ class AtelierConfig:
     stages: str = ",".join(STAGES)
     autoencoder_steps: int = 4500
     judge_steps: int = 3000
-    denoiser_steps: int = 5000
+    denoiser_steps: int = 9000
     pixel_steps: int = 4000
     mixed_precision: str = "no"
     checkpoint_every: int = 250
     seed: int = 0
+    measured_repeats: int = 9
+    measured_steps: int = 50
 
 
 class Renders:
@@ -130,7 +134,13 @@ class DenoiserObjective:
         self, latents: torch.Tensor, truth: Mapping[str, torch.Tensor], tokenizer: CLIPTokenizer,
         scheduler: DDIMScheduler, seed: int,
     ) -> None:  # fmt: skip
-        self.latents, self.truth, self.tokenizer, self.scheduler, self.seed = latents, truth, tokenizer, scheduler, seed
+        self.latents, self.truth, self.tokenizer, self.scheduler, self.seed = (
+            latents,
+            truth,
+            tokenizer,
+            scheduler,
+            seed,
+        )
 
     def losses(self, model: nn.Module, step: int, shard: Shard) -> Mapping[str, torch.Tensor]:
         """See `sfumato.trainer.Objective`."""
@@ -276,7 +286,10 @@ def main(config: AtelierConfig) -> None:
         settings = stage_config(config, config.pixel_steps, 1e-3, ema_decay=0.999)
         run_stage("pixel", networks.make_pixel_denoiser(), objective, settings, folder, accelerator)
     if accelerator.is_main_process and all((folder / stage / "finished.safetensors").exists() for stage in STAGES):
-        quality = release(folder, folder / "assets", atelier.find_fashion_mnist(config.data_dir, "test"))
+        quality = release(
+            folder, folder / "assets", atelier.find_fashion_mnist(config.data_dir, "test"),
+            repeats=config.measured_repeats, steps=config.measured_steps,
+        )  # fmt: skip
         print(json.dumps(quality, indent=1))
 
 

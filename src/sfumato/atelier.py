@@ -100,7 +100,9 @@ def read_idx(path: Path) -> np.ndarray:
         with gzip.open(path, "rb") as stream:
             raw = stream.read()
     except (EOFError, OSError) as error:
-        raise ValueError(f"{path} can't be read as a gzipped IDX file ({error}); download or install it again.") from error
+        raise ValueError(
+            f"{path} can't be read as a gzipped IDX file ({error}); download or install it again."
+        ) from error
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
         raise ValueError(f"{path} is not an IDX file of unsigned bytes.")
     dimensions = raw[3]
@@ -137,7 +139,7 @@ def find_fashion_mnist(data_dir: str | Path | None = None, split: str = "train")
         reason = ""
     raise FileNotFoundError(
         f"Fashion-MNIST was not found in {folder}{reason}. Three ways to provide it: (1) `apt install "
-        f"dataset-fashion-mnist`; (2) go online with `pip install datasets`, and {HUB_DATASET} is fetched from the Hub; "
+        f"dataset-fashion-mnist`; (2) `pip install datasets` and go online, and {HUB_DATASET} comes from the Hub; "
         f"(3) pass --data-dir with a folder that holds {', '.join(sum(_FILES.values(), ()))}."
     )
 

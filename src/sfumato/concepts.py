@@ -1,6 +1,6 @@
 """Concepts: what to forget, what to show in its place, and what to keep, as prompts.
 
-A model whose folder holds a ``concepts.json`` (a `Vocabulary`: domains of words and the wordings they appear in) lets a
+A model whose folder holds a ``concepts.json`` (a `Vocabulary`: domains of words and the wordings they come in) lets a
 single word stand for all of this: ``resolve(pipe, "sneaker")`` forgets every sneaker prompt, anchors each to the next
 garment, and keeps every prompt of the other garments. For any other model a concept is a phrase put into common
 wordings, anchored to the empty prompt unless told otherwise.
@@ -61,7 +61,9 @@ class Concept:
         if contradiction:
             raise ValueError(f"{sorted(contradiction)[0]!r} is to be forgotten and retained; take it out of one set.")
         if self.prompts == self.anchors:
-            raise ValueError(f"The anchor of {self.name!r} is the concept itself; name something else to show instead.")
+            raise ValueError(
+                f"The anchor of {self.name!r} is the concept itself; name something else to show instead."
+            )
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Vocabulary:
             ValueError: If the phrase is empty, has an unknown word, or names one domain twice.
         """
         if not phrase.strip():
-            raise ValueError(f"The concept is empty; {self._known()}.")
+            raise ValueError(f"The concept is empty. {self._known()}.")
         known = {word: (domain, word) for domain, words in self.domains.items() for word in words}
         known |= {other: known[word] for word, other in self.synonyms.items()}
         found: dict[str, str] = {}
@@ -117,19 +119,19 @@ class Vocabulary:
             if word in FILLERS:
                 continue
             if word not in known:
-                close = difflib.get_close_matches(word, known, n=1)
+                close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
                 raise ValueError(f"{self.name} does not know the concept {word!r}.{hint} {self._known()}.")
             domain, canonical = known[word]
             if found.setdefault(domain, canonical) != canonical:
                 raise ValueError(f"{phrase!r} names two words of {domain}: {found[domain]!r} and {canonical!r}.")
         if not found:
-            raise ValueError(f"{phrase!r} names no concept; {self._known()}.")
+            raise ValueError(f"{phrase!r} names no concept. {self._known()}.")
         return {domain: found[domain] for domain in self.domains if domain in found}
 
     def _known(self) -> str:
         lists = (f"{domain}: {', '.join(words)}" for domain, words in self.domains.items())
-        return f"it knows {'; '.join(lists)}"
+        return f"It knows {'; '.join(lists)}"
 
     def prompt(self, attributes: Mapping[str, str], wording: int = 0) -> str:
         """Word a prompt that names the given attributes; `wording` counts through the templates, 0 is canonical."""
@@ -183,6 +185,16 @@ def _names(attributes: Mapping[str, str], target: Mapping[str, str]) -> bool:
     return all(attributes.get(domain) == word for domain, word in target.items())
 
 
+def _refuse_contradictions(phrases: Sequence[str], anchor: str | None, retain: Sequence[str]) -> None:
+    for phrase in phrases:
+        if anchor is not None and anchor.strip().lower() == phrase.strip().lower():
+            raise ValueError(f"The anchor of {phrase!r} is the concept itself; name something else to show instead.")
+        pattern = re.compile(rf"\b{re.escape(phrase.strip())}\b", re.IGNORECASE)
+        for prompt in retain:
+            if pattern.search(prompt):
+                raise ValueError(f"{prompt!r} is to be retained but names {phrase!r}, which is to be forgotten.")
+
+
 def vocabulary_of(pipe: DiffusionPipeline) -> Vocabulary | None:
     """Find the vocabulary that lies in the folder a pipeline was loaded from; None if there is none."""
     origin = pipe.config.get("_name_or_path")
@@ -214,8 +226,8 @@ def resolve(
     phrases = [forget] if isinstance(forget, str) else list(forget)
     if not phrases or not all(phrase.strip() for phrase in phrases):
         raise ValueError("There is nothing to forget: `forget` is empty. Name a concept, for instance 'sneaker'.")
-    if isinstance(retain, str):
-        retain = [retain]
+    retain = [retain] if isinstance(retain, str) else retain
+    _refuse_contradictions(phrases, anchor, retain or ())
     vocabulary = vocabulary_of(pipe)
     if vocabulary is not None:
         return vocabulary.concept(phrases, anchor, retain)
@@ -223,6 +235,6 @@ def resolve(
     replaced = [wording.format(anchor) if anchor else "" for _ in phrases for wording in WORDINGS]
     if retain is None:
         lowered = [phrase.lower() for phrase in phrases]
-        scenes = [prompt for prompt in COMMON_PROMPTS if not any(phrase in prompt for phrase in lowered)]
+        scenes = [prompt for prompt in COMMON_PROMPTS if not any(phrase in prompt.lower() for phrase in lowered)]
         retain = [*scenes, *(prompt for prompt in replaced if prompt)]
     return Concept(", ".join(phrases), tuple(prompts), tuple(replaced), tuple(dict.fromkeys(retain)))

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from PIL import Image
 
 from sfumato import concepts, families, storage
 from sfumato.evaluation import report as page
@@ -113,9 +114,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         )
         page.write_report(content, folder / "report.html")
         storage.write_text(folder / "report.json", json.dumps(results, indent=1))
-        for section, name in zip(pairs, ("forgotten", "kept"), strict=True):
-            for caption, grid in section.grids:
-                page.picture_grid(grid, scale=3).save(folder / f"{name}-{caption}.png")
+        _contact_sheet(pairs).save(folder / "before-after.png", optimize=True)
     print(page.plain_table(_metric_rows(config.forget, before, after)))
     print(f"{_verdict(config.forget, results)}\n{seconds['total']:.0f} s; report: {output / 'report.html'}")
     return results
@@ -189,7 +188,9 @@ def _compare_samplers(pipe: DiffusionPipeline, vocabulary: concepts.Vocabulary, 
     latent = []
     for caption, scheduler in (("DDIM", stock), ("TimeShift", TimeShiftScheduler.from_config(stock.config))):
         pipe.scheduler = scheduler
-        drawn = draw(pipe, prompts, seed=seed, num_inference_steps=SAMPLER_STEPS, guidance_scale=GUIDANCE, description=None)
+        drawn = draw(
+            pipe, prompts, seed=seed, num_inference_steps=SAMPLER_STEPS, guidance_scale=GUIDANCE, description=None
+        )
         latent.append((caption, drawn.unsqueeze(0)))
     spread = float(pipe.scheduler.estimated_data_variance)
     informative = bool(pipe.scheduler.has_signal)
@@ -262,7 +263,7 @@ def _verdict(forget: str, results: Mapping[str, Any]) -> str:
     kept = "the rest stayed" if reached["ira"] and reached["cra"] else "the rest did not fully stay"
     return (
         f"“{forget}” {gone}: {after['ua']['value']:.1%} of the pictures asked to show it no longer do; {kept}: retain "
-        f"accuracies {after['ira']['value']:.1%} (before {before['ira']['value']:.1%}) and {after['cra']['value']:.1%} "
+        f"accuracies {after['ira']['value']:.1%} (before {before['ira']['value']:.1%}), {after['cra']['value']:.1%} "
         f"(before {before['cra']['value']:.1%})."
     )
 
@@ -280,10 +281,15 @@ def _pairs(
 
     forget = [[cell({**protocol.target, rows_domain: row, columns_domain: c}) for row in rows_words] for c in columns]
     others = [word for word in vocabulary.domains[domain] if word != protocol.target[domain]]
-    kept = [
-        [cell({domain: word, columns_domain: c, rows_domain: rows_words[(i + j) % len(rows_words)]}) for i, word in enumerate(others)]
-        for j, c in enumerate(columns)
-    ]  # fmt: skip
+    kept = []
+    for shift, column in enumerate(columns):
+        turn = [rows_words[(number + shift) % len(rows_words)] for number in range(len(others))]
+        kept.append(
+            [
+                cell({domain: word, columns_domain: column, rows_domain: t})
+                for word, t in zip(others, turn, strict=True)
+            ]
+        )
     name = " ".join(protocol.target.values())
     return [
         page.GridSection(
@@ -299,6 +305,22 @@ def _pairs(
             grids=[("before", before[torch.tensor(kept)]), ("after", after[torch.tensor(kept)])],
         ),
     ]  # fmt: skip
+
+
+def _contact_sheet(pairs: list[page.GridSection]) -> Image.Image:
+    """All pictures of the report in one: the concept above, everything else below, before left and after right."""
+    rows = [[page.picture_grid(grid, scale=2) for _, grid in section.grids] for section in pairs]
+    margin = 16
+    width = max(sum(grid.width for grid in row) + margin * (len(row) + 1) for row in rows)
+    height = sum(row[0].height for row in rows) + margin * (len(rows) + 1)
+    sheet = Image.new("RGB", (width, height), "white")
+    top = margin
+    for row in rows:
+        for number, grid in enumerate(row):
+            half = width // len(row)
+            sheet.paste(grid, (number * half + (half - grid.width) // 2, top))
+        top += row[0].height + margin
+    return sheet
 
 
 def _facts(

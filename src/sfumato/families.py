@@ -68,8 +68,8 @@ def load(pretrained_model_name_or_path: str | Path = "atelier", **kwargs: Any) -
         close = difflib.get_close_matches(name, EMBEDDED, n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise FileNotFoundError(
-            f"{name!r} is neither an embedded model ({', '.join(EMBEDDED)}), nor a folder here, nor could it be had from "
-            f"the Hub. {hint}({error})"
+            f"{name!r} is neither an embedded model ({', '.join(EMBEDDED)}), nor a folder here, nor could it be had "
+            f"from the Hub. {hint}({error})"
         ) from error
 
 
@@ -79,7 +79,9 @@ def _check_folder(folder: Path) -> None:
     try:
         json.loads((folder / "model_index.json").read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / 'model_index.json'} is not valid JSON ({error}); fetch the model again.") from error
+        raise ValueError(
+            f"{folder / 'model_index.json'} is not valid JSON ({error}); fetch the model again."
+        ) from error
     for file in sorted(folder.glob("*/*.safetensors")):
         storage.read_metadata(file)
 
@@ -98,7 +100,7 @@ class StableDiffusion:
         config = pipe.scheduler.config
         if "shift" in config or not hasattr(pipe.scheduler, "alphas_cumprod"):
             raise ValueError(
-                f"{type(pipe.scheduler).__name__} is a flow-matching scheduler, but Stable Diffusion has a beta schedule; "
+                f"{type(pipe.scheduler).__name__} is a flow-matching scheduler, but Stable Diffusion has betas; "
                 "set pipe.scheduler = DDIMScheduler.from_pretrained(model, subfolder='scheduler')."
             )
         self.prediction_type = config.get("prediction_type", "epsilon")
@@ -164,7 +166,7 @@ class StableDiffusion:
         return denoiser(latents, timesteps, **conditioning).sample
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Give ``x_t = sqrt(A_t) x_0 + sqrt(1 - A_t) eps`` for latents and noise ``(B, C, H, W)``, timesteps ``(B,)``."""
+        """Give ``sqrt(A_t) x_0 + sqrt(1 - A_t) eps`` for latents and noise ``(B, C, H, W)``, timesteps ``(B,)``."""
         signal, sigma = self._scales(timesteps, latents)
         return signal * latents + sigma * noise
 

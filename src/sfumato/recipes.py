@@ -44,7 +44,9 @@ def settings_for(method: str, pipe: DiffusionPipeline | None, recipe: str | Path
     path = shipped / f"{recipe}.yaml"
     if not path.is_file():
         names = ", ".join(sorted(Path(str(entry)).stem for entry in shipped.iterdir() if entry.name.endswith(".yaml")))
-        raise FileNotFoundError(f"There is no recipe {recipe}: neither a YAML file nor one of those shipped ({names}).")
+        raise FileNotFoundError(
+            f"There is no recipe {recipe}: neither a YAML file nor one of those shipped ({names})."
+        )
     return read_recipe(str(path), method)
 
 

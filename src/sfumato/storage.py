@@ -100,7 +100,9 @@ def write_text(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
-def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None) -> Path:
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None
+) -> Path:
     """Write tensors as one safetensors file, atomically.
 
     Args:

@@ -1,8 +1,8 @@
 """The one training loop: devices, precision, accumulation, masks, checkpoints, resume and logging, on accelerate.
 
 A job is an objective, `Objective`, which turns ``(step, shard)`` into losses and holds no state that changes from step
-to step. Data, noise and times come from `sfumato.randomness`, so the loop has nothing random of its own: a run that was
-killed resumes to the same bits on the CPU, and the result does not depend on how many processes share a batch.
+to step. Data, noise and times come from `sfumato.randomness`, so the loop has nothing random of its own: a run that
+was killed resumes to the same bits on the CPU, and the result does not depend on how many processes share a batch.
 """
 
 from __future__ import annotations
@@ -265,7 +265,9 @@ def _check(
         raise ValueError("No parameter requires a gradient, so there is nothing to train.")
     half = [name for name, p in parameters.items() if p.dtype != torch.float32]
     if half:
-        raise ValueError(f"Trained weights must be float32, {half[0]} is {parameters[half[0]].dtype}; use model.float().")
+        raise ValueError(
+            f"Trained weights must be float32, {half[0]} is {parameters[half[0]].dtype}; use model.float()."
+        )
     shards = accelerator.num_processes * config.gradient_accumulation_steps
     if objective.batch_size % shards:
         raise ValueError(
@@ -295,7 +297,9 @@ def _step(
     passes = config.gradient_accumulation_steps
     sums: dict[str, torch.Tensor] = {}
     for number in range(passes):
-        shard = Shard(number * accelerator.num_processes + accelerator.process_index, passes * accelerator.num_processes)
+        shard = Shard(
+            number * accelerator.num_processes + accelerator.process_index, passes * accelerator.num_processes
+        )
         with nullcontext() if number == passes - 1 else accelerator.no_sync(model):
             with accelerator.autocast():
                 terms = objective.losses(model, step, shard)
@@ -308,8 +312,8 @@ def _step(
     if not all(math.isfinite(value) for value in means):
         optimizer.zero_grad()
         raise NonFiniteLossError(
-            f"The loss became {row['loss']} at step {step}; stopped before it reached the weights. The last checkpoint "
-            "is kept. Try a smaller learning rate, max_grad_norm=1, or mixed_precision='no'."
+            f"The loss became {row['loss']} at step {step}; stopped before it reached the weights. The last "
+            "checkpoint is kept. Try a smaller learning rate, max_grad_norm=1, or mixed_precision='no'."
         )
     if config.max_grad_norm is not None:
         accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -383,8 +387,8 @@ class _Run:
         if differing:
             raise ValueError(
                 f"{newest} is a checkpoint of another run: {', '.join(differing)} differ (there "
-                f"{stored['identity'].get(differing[0])!r}, here {self.identity[differing[0]]!r}). Resume with the same "
-                "model and settings, or choose another output folder."
+                f"{stored['identity'].get(differing[0])!r}, here {self.identity[differing[0]]!r}). Resume with the "
+                "same model and settings, or choose another output folder."
             )
         weights = storage.load_tensors(newest / "weights.safetensors")
         if {n: tuple(t.shape) for n, t in weights.items()} != {n: tuple(p.shape) for n, p in self.parameters.items()}:

@@ -1,0 +1,1 @@
+"""Evaluation: the generation pass, the judge, metrics and the report."""

@@ -48,7 +48,7 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(channels * 4, len(words)) for name, words in self.domains.items()})
 
     def features(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Embed pictures ``(B, 3, 32, 32)`` in [0, 1] as ``(B, F)``; also what distances between sets are measured in."""
+        """Embed pictures ``(B, 3, 32, 32)`` in [0, 1] as ``(B, F)``, in which distances between sets are measured."""
         return F.adaptive_avg_pool2d(self.body(2 * pictures - 1), 2).flatten(1)
 
     def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -80,12 +80,16 @@ class Judge(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` (float16) into a folder."""
-        storage.write_text(Path(folder) / "config.json", json.dumps({"domains": self.domains, "width": self.width}, indent=1))
+        storage.write_text(
+            Path(folder) / "config.json", json.dumps({"domains": self.domains, "width": self.width}, indent=1)
+        )
         storage.save_tensors(Path(folder) / "model.safetensors", {n: t.half() for n, t in self.state_dict().items()})
 
     @classmethod
     def load(cls, folder: str | Path) -> Judge:
         """Read what `save` wrote, as float32, in evaluation mode."""
         judge = cls(**json.loads((Path(folder) / "config.json").read_text()))
-        judge.load_state_dict({n: t.float() for n, t in storage.load_tensors(Path(folder) / "model.safetensors").items()})
+        judge.load_state_dict(
+            {n: t.float() for n, t in storage.load_tensors(Path(folder) / "model.safetensors").items()}
+        )
         return judge.eval()

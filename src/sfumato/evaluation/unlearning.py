@@ -54,7 +54,9 @@ class Protocol:
     prompts: tuple[str, ...]
 
     @classmethod
-    def for_concept(cls, vocabulary: Vocabulary, concept: str, *, forget_repeats: int, retain_repeats: int) -> Protocol:
+    def for_concept(
+        cls, vocabulary: Vocabulary, concept: str, *, forget_repeats: int, retain_repeats: int
+    ) -> Protocol:
         """Build the protocol for a concept.
 
         Args:
@@ -87,7 +89,9 @@ def score(protocol: Protocol, judge: Judge, pictures: torch.Tensor) -> Unlearnin
         UA, IRA and CRA.
     """
     seen = judge.predict(pictures)
-    verdicts = [{name: judge.domains[name][int(index[k])] for name, index in seen.items()} for k in range(len(pictures))]
+    verdicts = [
+        {name: judge.domains[name][int(index[k])] for name, index in seen.items()} for k in range(len(pictures))
+    ]
     forget, retain = [], []
     for row, verdict in zip(protocol.attributes, verdicts, strict=True):
         (forget if _shows(row, protocol.target) else retain).append((row, verdict))

@@ -62,7 +62,8 @@ class PromptTable:
         unique = list(dict.fromkeys(prompts))
         self._row = {prompt: row for row, prompt in enumerate(unique)}
         parts = [family.encode_prompts(unique[i : i + batch_size]) for i in range(0, len(unique), batch_size)]
-        self._table = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        # float32, as the trained copy is, whatever precision the pipeline came in
+        self._table = {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """Give the conditioning of `prompts`, ``B`` rows in their order."""
@@ -163,7 +164,9 @@ def _captions(path: Path) -> dict[str, str]:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
         return {row["file_name"]: row["text"] for row in rows if row.get("text")}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is malformed ({error}): each line must be JSON with 'file_name' and 'text'.") from error
+        raise ValueError(
+            f"{path} is malformed ({error}): each line must be JSON with 'file_name' and 'text'."
+        ) from error
 
 
 def _read_picture(file: Path, size: tuple[int, ...]) -> torch.Tensor:

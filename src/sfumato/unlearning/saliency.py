@@ -7,9 +7,9 @@ with gamma the k-th largest saliency, k = ratio * N, over all weights at once (F
 2310.12508). Signed gradients are summed across batches and processes before the absolute value is taken.
 
 The threshold is found without sorting: the bit pattern of a non-negative float32, read as an integer, keeps its order,
-so one histogram of the upper 16 bits finds the bin that holds gamma and a second, of the lower 16 bits within that bin,
-finds gamma exactly. Weights that tie with gamma are taken in order of position, so exactly k are chosen, the same ones
-that a stable full sort would choose.
+so one histogram of the upper 16 bits finds the bin that holds gamma and a second, of the lower 16 bits within that
+bin, finds gamma exactly. Weights that tie with gamma are taken in order of position, so exactly k are chosen, the same
+ones that a stable full sort would choose.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def save_mask(path: str | Path, masks: Mapping[str, torch.Tensor], provenance: M
     return storage.save_tensors(path, packed, {"format": "sfumato-mask-1", "shapes": shapes, **provenance})
 
 
-def load_mask(path: str | Path, model: torch.nn.Module | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_mask(
+    path: str | Path, model: torch.nn.Module | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read what `save_mask` wrote.
 
     Args:

@@ -219,7 +219,9 @@ def run(
     fallback = concept.anchors[0]
     anchors |= {prompt: fallback for prompt in forget.prompts if prompt not in anchors}  # captions of a user's folder
     prompts = PromptTable(family, [*forget.prompts, *retain.prompts, *anchors.values(), ""])
-    masks, facts = _find_mask(family, denoiser, forget, prompts, config, training.seed, identity, output_dir, accelerator)
+    masks, facts = _find_mask(
+        family, denoiser, forget, prompts, config, training.seed, identity, output_dir, accelerator
+    )
     objective = SalUnObjective(family, denoiser, forget, retain, anchors, prompts, config, training.seed)
     history = train(
         denoiser, objective, training, output_dir=output_dir, masks=masks, resume=resume,
@@ -236,7 +238,9 @@ def _find_mask(
     if config.mask_path is not None:
         masks, provenance = load_mask(config.mask_path, denoiser)
         if provenance["base"] != identity["base"]:
-            raise ValueError(f"{config.mask_path} was computed for another base model; leave out mask_path to make one.")
+            raise ValueError(
+                f"{config.mask_path} was computed for another base model; leave out mask_path to make one."
+            )
         return masks, {"mask_density": mask_density(masks), "mask_path": config.mask_path}
     masks, threshold = saliency_mask(family, denoiser, forget, prompts, config, seed, accelerator)
     facts = {"mask_density": mask_density(masks), "mask_threshold": threshold}

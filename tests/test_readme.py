@@ -1,0 +1,129 @@
+"""Every command and code block of the README is run here, as a reader would; none may be left out."""
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from gzip import compress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines() if line.strip()]
+
+ONE_PROCESS = [
+    "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+    "--num_cpu_threads_per_process", str(os.cpu_count()),
+]  # fmt: skip
+
+
+def run(command, folder, **kwargs):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=560, **kwargs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def launch(line, folder, *extra):
+    """Run an ``accelerate launch`` line of the README from `folder`, without asking for this machine's defaults."""
+    words = line.split()
+    assert words[:2] == ["accelerate", "launch"]
+    script = str(ROOT / words[2])
+    return run([sys.executable, "-m", "accelerate.commands.launch", *ONE_PROCESS, script, *words[3:], *extra], folder)
+
+
+def test_every_block_is_known_to_this_file():
+    assert {language for language, _ in BLOCKS} == {"bash", "python"}
+    assert set(COMMANDS) == set(RUNS)
+    assert len(PYTHON) == 2
+
+
+def make_demo(line, folder):
+    """What ``make demo`` runs in the environment this test runs in, on fewer pictures."""
+    planned = run(["make", "--no-print-directory", "-n", "-o", ".venv/.demo", "demo"], ROOT)
+    assert planned.splitlines()[-1].strip() == ".venv/bin/sfumato demo --output demo"
+    printed = run(
+        ["sfumato", "demo", "--output", "demo", "--forget-repeats", "1", "--retain-repeats", "1",
+         "--num-inference-steps", "5", "--training-steps", "3"],
+        folder,
+    )  # fmt: skip
+    assert "report: demo/report.html" in printed and "UA" in printed
+    results = json.loads((folder / "demo" / "report.json").read_text())
+    assert results["method"] == "salun" and results["forget"] == "sneaker"
+    for when in ("before", "after"):
+        for name in ("ua", "ira", "cra"):
+            cell = results[when][name]
+            assert 0 <= cell["low"] <= cell["value"] <= cell["high"] <= 1
+    assert results["seconds"] > 0 and results["peak_memory_mb"] > 0
+    page = (folder / "demo" / "report.html").read_text()
+    assert "<img" in page and 'src="http' not in page
+
+
+def make_test(line, folder):
+    planned = run(["make", "--no-print-directory", "-n", "-o", ".venv/.test", "test"], ROOT)
+    assert planned.splitlines()[-1].strip().startswith('.venv/bin/python -m pytest -m "not slow"')
+
+
+def salun_job(line, folder):
+    launch(line, folder, "--steps", "2", "--forget_examples", "8", "--retain_examples", "8", "--example_steps", "2")
+    assert (folder / "out" / "model_index.json").exists() and (folder / "out" / "saliency_mask.safetensors").exists()
+
+
+def help_of_salun(line, folder):
+    printed = run(line.split(), folder)
+    assert "--mask_ratio" in printed and "Share of the trained weights that may move" in printed
+
+
+def train_atelier(line, folder):
+    """A few steps of every stage on made-up garments; the quality is measured when the models are made."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 1000), ("t10k", 1000)):
+        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        for name, array in ((f"{split}-images-idx3-ubyte.gz", images), (f"{split}-labels-idx1-ubyte.gz", labels)):
+            header = b"\x00\x00\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+            (folder / name).write_bytes(compress(header + array.tobytes()))
+    steps = [f"--{stage}_steps=2" for stage in ("autoencoder", "judge", "denoiser", "pixel")]
+    launch(line, folder, "--data_dir", str(folder), *steps, "--measured_repeats", "1", "--measured_steps", "2")
+    built = folder / "atelier-run" / "assets"
+    assert {path.name for path in built.iterdir()} >= {"atelier", "atelier-pixel", "judge", "renders"}
+    assert (built / "atelier" / "training.png").exists() and (built / "atelier" / "README.md").exists()
+
+
+RUNS = {
+    "make demo": make_demo,
+    "make test": make_test,
+    "accelerate launch training/salun.py --model atelier --forget sneaker --output out/": salun_job,
+    "sfumato unlearn salun --help": help_of_salun,
+    "accelerate launch training/train_atelier.py --output atelier-run": train_atelier,
+}
+
+
+@pytest.mark.parametrize("line", RUNS)
+def test_command_runs(line, tmp_path):
+    RUNS[line](line, tmp_path)
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_python_block_runs(number, tmp_path):
+    printed = run([sys.executable, "-c", PYTHON[number]], tmp_path)
+    if "no-sneaker.png" in PYTHON[number]:
+        from PIL import Image
+
+        assert Image.open(tmp_path / "no-sneaker.png").size == (32, 32)
+    else:
+        assert "tensor" in printed
+
+
+def test_files_the_readme_points_to_exist():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for folder in re.findall(r"`([a-z./]+/)`", README):
+        assert folder in ("demo/", "out/") or (ROOT / folder).exists(), folder

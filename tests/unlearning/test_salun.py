@@ -1,0 +1,287 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sfumato
+from sfumato import storage
+from sfumato.families import StableDiffusion
+from sfumato.randomness import randint_for, randn_for
+from sfumato.trainer import NonFiniteLossError, Shard, TrainingConfig, make_accelerator, train
+from sfumato.unlearning.examples import Examples, PromptTable
+from sfumato.unlearning.saliency import load_mask, mask_density, top_mask
+from sfumato.unlearning.salun import MASK_STREAM, SalUnConfig, SalUnObjective, saliency_mask
+
+PROMPTS = ["a sneaker", "a red sneaker", "a bag", "a red bag", "a coat", "a shirt", ""]
+ANCHORS = {"a sneaker": "a bag", "a red sneaker": "a red bag"}
+SMALL = {
+    "forget_examples": 4, "retain_examples": 4, "example_steps": 2, "batch_size": 2, "steps": 3, "learning_rate": 1e-3,
+}  # fmt: skip
+
+
+def objective(family, teacher, forget, retain, anchors=ANCHORS, **config):
+    prompts = PromptTable(family, PROMPTS)
+    return SalUnObjective(
+        family, teacher, forget, retain, anchors, prompts, SalUnConfig(batch_size=4, **config), seed=0
+    )  # fmt: skip
+
+
+def test_relabelling_to_the_same_caption_without_retain_term_is_no_loss(family, forget, retain):
+    same = {prompt: prompt for prompt in ANCHORS}
+    losses = objective(family, family.denoiser, forget, retain, same, retain_weight=0.0).losses(
+        family.denoiser, 0, Shard(0, 1)
+    )
+    assert losses["forget"].item() < 1e-12
+    assert losses["retain"].item() == 0
+
+
+def test_losses_are_the_equations(family, forget, retain):
+    ours = objective(family, family.denoiser, forget, retain, retain_weight=0.3)
+    losses = ours.losses(family.denoiser, 5, Shard(0, 1))
+    pictures, times, target, captions = ours._noised(forget, 5, Shard(0, 1), 102)
+    kept, kept_times, noise, kept_captions = ours._noised(retain, 5, Shard(0, 1), 103)
+
+    def predict(noisy, timesteps, prompts):
+        return family.pipe.unet(noisy, timesteps, family.pipe.encode_prompt(prompts, "cpu", 1, False)[0]).sample
+
+    student = predict(pictures, times, captions)
+    teacher = predict(pictures, times, [ANCHORS[caption] for caption in captions]).detach()
+    assert torch.allclose(losses["forget"], F.mse_loss(student, teacher), rtol=1e-4)
+    assert torch.allclose(
+        losses["retain"], 0.3 * F.mse_loss(predict(kept, kept_times, kept_captions), noise), rtol=1e-4
+    )
+
+
+def test_gradient_does_not_flow_into_the_teacher(family, forget, retain):
+    teacher = copy.deepcopy(family.denoiser)
+    objective(family, teacher, forget, retain).losses(family.denoiser, 0, Shard(0, 1))["forget"].backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_losses_of_shards_average_to_those_of_the_whole(family, forget, retain):
+    ours = objective(family, family.denoiser, forget, retain)
+    whole = ours.losses(family.denoiser, 2, Shard(0, 1))
+    halves = [ours.losses(family.denoiser, 2, Shard(k, 2)) for k in range(2)]
+    for name in whole:
+        assert torch.allclose(whole[name], (halves[0][name] + halves[1][name]) / 2, rtol=1e-4)
+
+
+def test_mask_ranks_the_absolute_sum_of_signed_gradients(family, forget):
+    """Against plain autograd, one example at a time, with the guided prediction written out."""
+    config, table = SalUnConfig(batch_size=4, mask_guidance=7.5, mask_ratio=0.3), PromptTable(family, PROMPTS)
+    masks, _ = saliency_mask(family, family.denoiser, forget, table, config, 0, make_accelerator(TrainingConfig()))
+    sums = {name: torch.zeros_like(p) for name, p in family.denoiser.named_parameters()}
+    for i in range(len(forget)):
+        key, shape = (0, MASK_STREAM, i), forget.mean.shape[1:]
+        latent = forget.mean[i] + forget.std[i] * randn_for([(*key, 0)], shape)
+        noise, timestep = randn_for([(*key, 1)], shape), randint_for([(*key, 2)], 1000)
+        noisy = family.pipe.scheduler.add_noise(latent, noise, timestep)
+        conditional, unconditional = (
+            family.pipe.unet(noisy, timestep, **table([prompt])).sample for prompt in (forget.prompts[i], "")
+        )
+        loss = -F.mse_loss(noise, 8.5 * conditional - 7.5 * unconditional)
+        gradients = torch.autograd.grad(loss, list(family.denoiser.parameters()))
+        for total, gradient in zip(sums.values(), gradients, strict=True):
+            total += gradient
+    expected, _ = top_mask({name: total.abs() for name, total in sums.items()}, 0.3)
+    agreement = sum(int((masks[name] == expected[name]).sum()) for name in masks)
+    assert agreement / sum(mask.numel() for mask in masks.values()) > 0.999
+    assert all(parameter.grad is None for parameter in family.denoiser.parameters())
+
+
+def test_mask_covers_only_the_weights_that_are_trained(family, forget):
+    names = set(family.trainable_parameters("xattn"))
+    for name, parameter in family.denoiser.named_parameters():
+        parameter.requires_grad_(name in names)
+    config = SalUnConfig(parameters="xattn", mask_ratio=0.5)
+    masks, _ = saliency_mask(
+        family, family.denoiser, forget, PromptTable(family, PROMPTS), config, 0, make_accelerator(TrainingConfig())
+    )
+    assert set(masks) == names
+    assert mask_density(masks) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_zero_mask_changes_no_bit_under_weight_decay(tiny_pipe, tmp_path):
+    result = sfumato.unlearn(
+        tiny_pipe,
+        "a sneaker",
+        mask_ratio=0.0,
+        optimizer="adamw",
+        weight_decay=0.5,
+        output_dir=tmp_path / "out",
+        **SMALL,
+    )
+    before, after = tiny_pipe.unet.state_dict(), result.unet.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_masked_out_weights_keep_their_bits_and_the_others_move(tiny_pipe, tmp_path):
+    result = sfumato.unlearn(
+        tiny_pipe, "a sneaker", optimizer="adamw", weight_decay=0.5, output_dir=tmp_path / "out", **SMALL
+    )
+    masks, provenance = load_mask(tmp_path / "out" / "saliency_mask.safetensors", tiny_pipe.unet)
+    after = dict(result.unet.named_parameters())
+    moved = 0
+    for name, before in tiny_pipe.unet.named_parameters():
+        assert torch.equal(before[~masks[name]], after[name][~masks[name]])
+        moved += int((before[masks[name]] != after[name][masks[name]]).sum())
+    assert moved > 0.95 * sum(int(mask.sum()) for mask in masks.values())
+    assert provenance["base"] == storage.fingerprint(tiny_pipe.unet.named_parameters())
+    assert provenance["forget"] == "a sneaker" and provenance["ratio"] == 0.5
+
+
+def test_given_pipeline_keeps_its_weights_and_shares_its_other_parts(tiny_pipe):
+    before = storage.fingerprint(tiny_pipe.unet.named_parameters())
+    result = sfumato.unlearn(tiny_pipe, "a sneaker", **SMALL)
+    assert storage.fingerprint(tiny_pipe.unet.named_parameters()) == before
+    assert storage.fingerprint(result.unet.named_parameters()) != before
+    assert result.vae is tiny_pipe.vae and result.text_encoder is tiny_pipe.text_encoder
+    assert all(parameter.requires_grad for parameter in tiny_pipe.unet.parameters())
+
+
+def test_result_is_a_folder_that_stock_diffusers_loads_with_its_manifest(tiny_pipe, tmp_path):
+    import json
+
+    from diffusers import StableDiffusionPipeline
+
+    result = sfumato.unlearn(tiny_pipe, "a sneaker", output_dir=tmp_path / "out", seed=3, **SMALL)
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert storage.fingerprint(loaded.unet.named_parameters()) == storage.fingerprint(result.unet.named_parameters())
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["method"] == "salun" and manifest["settings"]["seed"] == 3
+    assert manifest["result_fingerprint"] == storage.fingerprint(result.unet.named_parameters())
+    assert len(json.loads((tmp_path / "out" / "history.json").read_text())) == 3
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_finished_result_is_never_overwritten(tiny_pipe, tmp_path):
+    sfumato.unlearn(tiny_pipe, "a sneaker", output_dir=tmp_path, **SMALL)
+    before = (tmp_path / "manifest.json").read_text()
+    with pytest.raises(FileExistsError, match="finished model"):
+        sfumato.unlearn(tiny_pipe, "a sneaker", output_dir=tmp_path, resume=True, **SMALL)
+    assert (tmp_path / "manifest.json").read_text() == before
+
+
+def test_velocity_prediction_trains_on_the_velocity(tiny_pipe_v, forget, retain):
+    family = StableDiffusion(tiny_pipe_v)
+    ours = objective(family, family.denoiser, forget, retain)
+    _, times, target, _ = ours._noised(retain, 0, Shard(0, 1), 103)
+    keys = [(0, 103, k) for k in range(4)]
+    noise = randn_for([(*key, 1) for key in keys], (4, 4, 4))
+    from sfumato.randomness import permuted_indices
+
+    latents = retain.latents(
+        permuted_indices(103, len(retain), 0, 4), randn_for([(*key, 0) for key in keys], (4, 4, 4))
+    )
+    assert torch.allclose(target, tiny_pipe_v.scheduler.get_velocity(latents, noise, times), atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tiny_pipe):
+    plain = sfumato.unlearn(tiny_pipe, "a sneaker", **SMALL)
+    checkpointed = sfumato.unlearn(tiny_pipe, "a sneaker", gradient_checkpointing=True, **SMALL)
+    for a, b in zip(plain.unet.parameters(), checkpointed.unet.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_bf16_autocast_trains_float32_weights(tiny_pipe):
+    result = sfumato.unlearn(tiny_pipe, "a sneaker", mixed_precision="bf16", **SMALL)
+    assert result.unet.dtype == torch.float32
+    assert all(torch.isfinite(parameter).all() for parameter in result.unet.parameters())
+
+
+def test_half_precision_pipeline_comes_back_in_half_precision(tiny_pipe):
+    tiny_pipe.to(torch.bfloat16)
+    result = sfumato.unlearn(tiny_pipe, "a sneaker", mask_ratio=0.5, **SMALL)
+    assert result.unet.dtype == torch.bfloat16
+
+
+def test_image_folders_replace_the_model_s_own_pictures(tiny_pipe, tmp_path):
+    import json
+
+    from PIL import Image
+
+    for kind in ("forget", "retain"):
+        (tmp_path / kind).mkdir()
+        for number in range(3):
+            Image.new("RGB", (20 + number, 12), (40 * number, 90, 10)).save(tmp_path / kind / f"{number}.png")
+    rows = [{"file_name": f"{number}.png", "text": "my shoe"} for number in range(2)]
+    (tmp_path / "forget" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = sfumato.unlearn(
+        tiny_pipe, "a sneaker", forget_images=str(tmp_path / "forget"), retain_images=str(tmp_path / "retain"), **SMALL
+    )
+    assert not torch.equal(result.unet.conv_in.weight, tiny_pipe.unet.conv_in.weight)
+
+
+def test_posterior_is_sampled_anew_at_each_visit():
+    examples = Examples(torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2), ("a", "b"))
+    noise = torch.randn(2, 1, 2, 2)
+    assert torch.equal(examples.latents([1, 0], noise), noise)
+
+
+def test_seed_decides_the_result(tiny_pipe):
+    first, again, other = (sfumato.unlearn(tiny_pipe, "a sneaker", seed=seed, **SMALL) for seed in (1, 1, 2))
+    assert storage.fingerprint(first.unet.named_parameters()) == storage.fingerprint(again.unet.named_parameters())
+    assert storage.fingerprint(first.unet.named_parameters()) != storage.fingerprint(other.unet.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "salsa"}, "Unknown method 'salsa'; choose from salun"),
+        ({"mask_ratio": 1.2}, r"`mask_ratio` must lie in \[0, 1\], got 1.2"),
+        ({"learning_rat": 1.0}, "Unknown setting 'learning_rat'. Did you mean 'learning_rate'"),
+        ({"parameters": "attn"}, "Unknown parameter subset 'attn'"),
+        ({"retain": []}, "retain set is empty"),
+        ({"retain": [""]}, "retain set has an empty prompt"),
+        ({"retain": ["a photo of a sneaker"]}, "is to be retained but names 'sneaker'"),
+        ({"anchor": "sneaker"}, "anchor of 'sneaker' is the concept itself"),
+        ({"forget_examples": 0}, "`forget_examples` must be at least 1"),
+        ({"forget_images": "nowhere"}, "no image folder nowhere"),
+        ({"recipe": "nothing"}, "no recipe nothing"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"gradient_accumulation_steps": 3, "batch_size": 4}, "can't be shared equally"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_changes_nothing(tiny_pipe, tmp_path, settings, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        sfumato.unlearn(tiny_pipe, "sneaker", output_dir=tmp_path / "out", **{**SMALL, **settings})
+    assert not (tmp_path / "out" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("phrase", ["", "  ", [], ["sneaker", ""]])
+def test_empty_concept_is_refused(tiny_pipe, phrase):
+    with pytest.raises(ValueError, match="nothing to forget"):
+        sfumato.unlearn(tiny_pipe, phrase)
+
+
+def test_mask_of_another_base_is_refused(tiny_pipe, tmp_path):
+    sfumato.unlearn(tiny_pipe, "a sneaker", output_dir=tmp_path, **SMALL)
+    with torch.no_grad():
+        tiny_pipe.unet.conv_in.bias += 1
+    with pytest.raises(ValueError, match="another base model"):
+        sfumato.unlearn(tiny_pipe, "a sneaker", mask_path=str(tmp_path / "saliency_mask.safetensors"), **SMALL)
+
+
+def test_loss_that_diverges_stops_the_job_and_keeps_the_checkpoint(tiny_pipe, tmp_path):
+    with pytest.raises(NonFiniteLossError, match="The last checkpoint is kept"):
+        sfumato.unlearn(
+            tiny_pipe,
+            "a sneaker",
+            output_dir=tmp_path,
+            checkpoint_every=1,
+            **{**SMALL, "steps": 40, "learning_rate": 1e20},
+        )
+    (kept,) = (tmp_path / "checkpoints").iterdir()
+    assert storage.load_tensors(kept / "weights.safetensors")
+    assert not (tmp_path / "model_index.json").exists()
+
+
+def test_training_moves_the_concept_towards_its_anchor(family, forget, retain):
+    """The property that matters, on a network small enough to fit: the student learns to see the anchor."""
+    denoiser = copy.deepcopy(family.denoiser)
+    ours = objective(family, denoiser, forget, retain, retain_weight=0.1)
+    history = train(denoiser, ours, replace(TrainingConfig(), steps=150, learning_rate=3e-3))
+    first, last = (sum(row["forget"] for row in rows) for rows in (history[:20], history[-20:]))
+    assert last < 0.6 * first
