@@ -12,7 +12,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -87,7 +87,13 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     drawing = {"seed": config.seed, "num_inference_steps": config.num_inference_steps, "guidance_scale": GUIDANCE}
     seconds: dict[str, float] = {}
     with storage.atomic_directory(output) as folder:
-        samplers = _timed(seconds, "samplers", lambda: _compare_samplers(pipe, vocabulary, config.seed))
+        samplers = _timed(
+            seconds, "samplers",
+            lambda: [
+                _samplers_in_pixel_space(vocabulary.domains["garment"], config.seed),
+                _samplers_in_latent_space(pipe, vocabulary.domains["garment"], config.seed),
+            ],
+        )  # fmt: skip
         before, pictures_before = _timed(
             seconds, "before", lambda: score_pipeline(pipe, protocol, judge, description="draw before", **drawing)
         )
@@ -157,53 +163,58 @@ def _launch(config: DemoConfig, output: Path) -> None:
         raise RuntimeError(f"The unlearning job failed with status {status}; its own message stands above.")
 
 
-def _compare_samplers(pipe: DiffusionPipeline, vocabulary: concepts.Vocabulary, seed: int) -> list[page.GridSection]:
-    """Draw with the stock scheduler and with TimeShiftScheduler from the same noise, in pixel and in latent space."""
+def _samplers_in_pixel_space(garments: Sequence[str], seed: int) -> page.GridSection:
+    """Draw with DDIM and with TimeShiftScheduler from the same noise, on the class-conditional pixel model."""
     pixel = families.load("atelier-pixel")
     pixel.set_progress_bar_config(disable=True)
-    labels, copies = list(range(10)), 3
-    grids = []
-    for caption, scheduler in (
-        ("DDIM", DDIMScheduler.from_config(pixel.scheduler.config)),
-        ("TimeShift", TimeShiftScheduler.from_config(pixel.scheduler.config)),
-    ):
+    labels, copies = list(range(len(garments))), 3
+
+    def drawn(scheduler: Any) -> torch.Tensor:
         pixel.scheduler = scheduler
         images = pixel(
             labels * copies, num_inference_steps=SAMPLER_STEPS, guidance_scale=2.0, output_type="pt",
             generator=torch.Generator().manual_seed(seed),
         ).images  # fmt: skip
-        grids.append((caption, images.repeat(1, 3, 1, 1).unflatten(0, (copies, len(labels)))))
-    chosen = [int(times.float().mean()) for times in pixel.scheduler.shifted_timesteps]
-    garments = list(vocabulary.domains["garment"])
-    in_pixels = page.GridSection(
+        return images.repeat(1, 3, 1, 1).unflatten(0, (copies, len(labels)))
+
+    config = pixel.scheduler.config
+    ddim = drawn(DDIMScheduler.from_config(config))
+    variance = TimeShiftScheduler.estimate_data_variance(2 * ddim[:, :, :1].flatten(0, 1) - 1)
+    shifted = drawn(TimeShiftScheduler.from_config(config, data_variance=variance))
+    chosen = ", ".join(f"{times.float().mean():.0f}" for times in pixel.scheduler.shifted_timesteps[:-1])
+    return page.GridSection(
         title=f"Samplers: {SAMPLER_STEPS} steps in pixel space",
-        text="The class-conditional pixel model, from the same noise. TimeShiftScheduler reads the variance of each "
-        f"sample and moves its time; mean time after each step here: {', '.join(map(str, chosen))}.",
-        row_labels=[f"seed {seed}.{number}" for number in range(copies)],
-        column_labels=garments,
+        text="The class-conditional pixel model, from the same noise. TimeShiftScheduler reads the variance of the "
+        f"samples (of pictures: {variance:.2f}) and moves the time; it chose {chosen}.",
+        row_labels=[f"copy {number + 1}" for number in range(copies)],
+        column_labels=list(garments),
+        grids=[("DDIM", ddim), ("TimeShift", shifted)],
+    )
+
+
+def _samplers_in_latent_space(pipe: DiffusionPipeline, garments: Sequence[str], seed: int) -> page.GridSection:
+    """The same on atelier, whose latents have unit variance: the scheduler must notice that it can't tell the time."""
+    stock = pipe.scheduler
+
+    def drawn(scheduler: Any) -> torch.Tensor:
+        pipe.scheduler = scheduler
+        return draw(
+            pipe, [f"a photo of a {garment}" for garment in garments], seed=seed, num_inference_steps=SAMPLER_STEPS,
+            guidance_scale=GUIDANCE, description=None,
+        ).unsqueeze(0)  # fmt: skip
+
+    shift = TimeShiftScheduler.from_config(stock.config)
+    grids = [("DDIM", drawn(stock)), ("TimeShift", drawn(shift))]
+    pipe.scheduler = stock
+    verdict = "tells the time" if shift.has_signal else "can't tell the time; the scheduler noticed, and said so"
+    return page.GridSection(
+        title=f"Samplers: {SAMPLER_STEPS} steps in latent space",
+        text=f"Latents have about unit variance at every time (found: {float(shift.estimated_data_variance):.2f}), so "
+        f"their variance {verdict}.",
+        row_labels=["a photo of a ..."],
+        column_labels=list(garments),
         grids=grids,
     )
-    stock = pipe.scheduler
-    prompts = [f"a photo of a {garment}" for garment in garments]
-    latent = []
-    for caption, scheduler in (("DDIM", stock), ("TimeShift", TimeShiftScheduler.from_config(stock.config))):
-        pipe.scheduler = scheduler
-        drawn = draw(
-            pipe, prompts, seed=seed, num_inference_steps=SAMPLER_STEPS, guidance_scale=GUIDANCE, description=None
-        )
-        latent.append((caption, drawn.unsqueeze(0)))
-    spread = float(pipe.scheduler.estimated_data_variance)
-    informative = bool(pipe.scheduler.has_signal)
-    pipe.scheduler = stock
-    in_latents = page.GridSection(
-        title=f"Samplers: {SAMPLER_STEPS} steps in latent space",
-        text=f"Latents have unit variance at every time (measured {spread:.2f}), so their variance "
-        f"{'tells the time' if informative else 'says nothing about the time, and the scheduler says so'}.",
-        row_labels=["a photo of a ..."],
-        column_labels=garments,
-        grids=latent,
-    )
-    return [in_pixels, in_latents]
 
 
 def _results(
