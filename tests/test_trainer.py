@@ -109,7 +109,7 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
     train(linear(), Regression(), CONFIG, output_dir=tmp_path, identity={"base": "one"})
     with pytest.raises(ValueError, match="checkpoint of another run: base differ"):
         train(linear(), Regression(), CONFIG, output_dir=tmp_path, identity={"base": "two"}, resume=True)
-    with pytest.raises(ValueError, match="another run: training"):
+    with pytest.raises(ValueError, match="another run: training.learning_rate differ .there 0.05, here 1.0"):
         train(
             linear(),
             Regression(),

@@ -59,7 +59,7 @@ class AtelierConfig:
     stages: str = ",".join(STAGES)
     autoencoder_steps: int = 4500
     judge_steps: int = 3000
-    denoiser_steps: int = 9000
+    denoiser_steps: int = 7000
     pixel_steps: int = 4000
     mixed_precision: str = "no"
     checkpoint_every: int = 250

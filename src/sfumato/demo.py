@@ -151,7 +151,7 @@ def _timed(seconds: dict[str, float], name: str, call: Any) -> Any:
 def _launch(config: DemoConfig, output: Path) -> None:
     """Unlearn in a process group of its own, as a user would."""
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
+        sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(os.cpu_count() or 1),
         "-m", "sfumato.training.salun", "--model", "atelier", "--forget", config.forget, "--output", str(output),
         "--seed", str(config.seed),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -23,9 +22,18 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from tqdm.auto import tqdm
 
-from sfumato import storage
+from sfumato import checkpoints, storage
 
-__all__ = ["MaskedUpdate", "NonFiniteLossError", "Objective", "Shard", "TrainingConfig", "train"]
+__all__ = [
+    "MaskedUpdate",
+    "NonFiniteLossError",
+    "Objective",
+    "Shard",
+    "TrainingConfig",
+    "make_accelerator",
+    "preflight",
+    "train",
+]
 
 
 class Shard(NamedTuple):
@@ -169,7 +177,6 @@ def train(
     identity: Mapping[str, Any] | None = None,
     accelerator: Accelerator | None = None,
     description: str = "train",
-    on_checkpoint: Callable[[int, torch.nn.Module], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train the parameters of a model that require gradients, in place.
 
@@ -177,13 +184,12 @@ def train(
         model: The network; its trained parameters must be float32.
         objective: What to minimise.
         config: How.
-        output_dir: Where checkpoints and ``history.jsonl`` go; None writes nothing.
+        output_dir: Where checkpoints and tracker logs go; None writes nothing.
         masks: Parameter name to `bool` mask; False entries keep their bits. See `MaskedUpdate`.
         resume: Continue from the newest checkpoint in `output_dir`; from the start if there is none.
         identity: What makes this run this run (base model, concept, method); a checkpoint with another is refused.
         accelerator: The process group to use; made from `config` if None.
         description: The progress bar's label.
-        on_checkpoint: Called on the main process after each checkpoint with the step and the bare model.
 
     Returns:
         One row a step: ``step``, ``loss``, each named term, ``learning_rate``, ``seconds`` since the start.
@@ -194,43 +200,112 @@ def train(
         OSError: If the checkpoints would not fit on the disk.
     """
     accelerator = accelerator or make_accelerator(config, output_dir)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    _check(parameters, objective, config, accelerator, output_dir)
+    folder = Path(output_dir) if output_dir is not None else None
+    run_identity = preflight(
+        model,
+        objective.batch_size,
+        config,
+        accelerator=accelerator,
+        output_dir=folder,
+        identity=identity,
+        resume=resume,
+    )
+    parameters = _trained(model)
     if config.gradient_checkpointing and hasattr(model, "enable_gradient_checkpointing"):
         model.enable_gradient_checkpointing()
-    identity = {**(identity or {}), "training": asdict(config), "batch_size": objective.batch_size}
-    optimizer = _make_optimizer(parameters, config)
-    device_masks = {name: mask.to(accelerator.device) for name, mask in (masks or {}).items()}
     model.to(accelerator.device)
-    if device_masks:
-        MaskedUpdate(optimizer, {parameters[name]: mask for name, mask in device_masks.items()})
-    run = _Run(parameters, optimizer, config, Path(output_dir) if output_dir else None, identity)
-    start = run.restore() if resume else 0
+    optimizer = _make_optimizer(parameters, config)
+    if masks:
+        MaskedUpdate(optimizer, {parameters[name]: mask.to(accelerator.device) for name, mask in masks.items()})
+    average = {n: p.detach().clone() for n, p in parameters.items()} if config.ema_decay is not None else {}
+    start, history = 0, []
+    checkpoint = checkpoints.newest(folder) if resume and folder else None
+    if checkpoint is not None:
+        start, history = checkpoints.restore(checkpoint, weights=parameters, optimizer=optimizer, average=average)
     wrapped, prepared = accelerator.prepare(model, optimizer)
-    progress = tqdm(
+    bar = tqdm(
         range(start, config.steps), desc=description, initial=start, total=config.steps,
         disable=not accelerator.is_main_process,
     )  # fmt: skip
     began = time.perf_counter()
-    for step in progress:
+    for step in bar:
         row = _step(wrapped, prepared, objective, config, accelerator, step)
-        run.after_step()
-        row["seconds"] = time.perf_counter() - began
-        run.history.append(row)
-        progress.set_postfix(loss=f"{row['loss']:.4f}")
+        _move_average(average, parameters, config, step)
+        history.append({**row, "seconds": time.perf_counter() - began})
+        bar.set_postfix(loss=f"{row['loss']:.4f}")
         if accelerator.trackers:
             accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
-        due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
-        if run.folder and accelerator.is_main_process and (due or step + 1 == config.steps):
-            run.save(step + 1)
-            if on_checkpoint:
-                on_checkpoint(step + 1, model)
-    run.adopt_average()
+        due = step + 1 == config.steps or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0)
+        if due and folder is not None and accelerator.is_main_process:
+            checkpoints.save(
+                folder, step + 1, identity=run_identity, weights=parameters, optimizer=optimizer, average=average,
+                history=history, keep=config.keep_checkpoints,
+            )  # fmt: skip
+    with torch.no_grad():
+        for name, value in average.items():
+            parameters[name].copy_(value)
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # gives the model its own forward back
     accelerator.wait_for_everyone()
     if accelerator.trackers:
         accelerator.end_training()
-    return run.history
+    return history
+
+
+def preflight(
+    model: torch.nn.Module,
+    batch_size: int,
+    config: TrainingConfig,
+    *,
+    accelerator: Accelerator,
+    output_dir: Path | None,
+    identity: Mapping[str, Any] | None,
+    resume: bool,
+) -> dict[str, Any]:
+    """Check all that would make `train` fail, so that a job can know before its long work.
+
+    Args:
+        model: As for `train`.
+        batch_size: The objective's.
+        config: As for `train`, like the rest.
+        accelerator: The process group.
+        output_dir: Where checkpoints go.
+        identity: What makes this run this run.
+        resume: Whether it will be resumed.
+
+    Returns:
+        The identity that checkpoints store: the one given, with the settings of the training.
+
+    Raises:
+        ValueError: If the batch can't be shared equally, there is nothing to train, the trained weights are not float32,
+            or the checkpoint to resume from is of another run.
+        OSError: If the checkpoints would not fit on the disk.
+    """
+    parameters = _trained(model)
+    if not parameters:
+        raise ValueError("No parameter requires a gradient, so there is nothing to train.")
+    half = [name for name, p in parameters.items() if p.dtype != torch.float32]
+    if half:
+        dtype = parameters[half[0]].dtype
+        raise ValueError(f"Trained weights must be float32, {half[0]} is {dtype}; use model.float().")
+    shards = accelerator.num_processes * config.gradient_accumulation_steps
+    if batch_size % shards:
+        raise ValueError(
+            f"A batch of {batch_size} can't be shared equally by {accelerator.num_processes} processes x "
+            f"{config.gradient_accumulation_steps} accumulation steps; use a multiple of {shards}."
+        )
+    full = json.loads(json.dumps({**(identity or {}), "training": asdict(config), "batch_size": batch_size}))
+    if output_dir is not None:
+        size = sum(4 * p.numel() for p in parameters.values())
+        copies = 3 + (config.ema_decay is not None)  # weights, two moments, average
+        storage.check_disk_space(output_dir, copies * size * (config.keep_checkpoints + 1))
+        checkpoint = checkpoints.newest(output_dir) if resume else None
+        if checkpoint is not None:
+            checkpoints.check_same_run(checkpoint, full)
+    return full
+
+
+def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def make_accelerator(config: TrainingConfig, output_dir: str | Path | None = None) -> Accelerator:
@@ -252,32 +327,6 @@ def make_accelerator(config: TrainingConfig, output_dir: str | Path | None = Non
         plain = {k: v for k, v in asdict(config).items() if isinstance(v, int | float | str | bool)}
         accelerator.init_trackers("sfumato", config=plain)
     return accelerator
-
-
-def _check(
-    parameters: Mapping[str, torch.nn.Parameter],
-    objective: Objective,
-    config: TrainingConfig,
-    accelerator: Accelerator,
-    output_dir: str | Path | None,
-) -> None:
-    if not parameters:
-        raise ValueError("No parameter requires a gradient, so there is nothing to train.")
-    half = [name for name, p in parameters.items() if p.dtype != torch.float32]
-    if half:
-        raise ValueError(
-            f"Trained weights must be float32, {half[0]} is {parameters[half[0]].dtype}; use model.float()."
-        )
-    shards = accelerator.num_processes * config.gradient_accumulation_steps
-    if objective.batch_size % shards:
-        raise ValueError(
-            f"A batch of {objective.batch_size} can't be shared equally by {accelerator.num_processes} processes x "
-            f"{config.gradient_accumulation_steps} accumulation steps; use a multiple of {shards}."
-        )
-    if output_dir:
-        size = sum(4 * p.numel() for p in parameters.values())
-        copies = 3 + (config.ema_decay is not None)  # weights, two moments, average
-        storage.check_disk_space(output_dir, copies * size * (config.keep_checkpoints + 1))
 
 
 def _make_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
@@ -324,86 +373,13 @@ def _step(
     return row
 
 
-class _Run:
-    """What a checkpoint holds: trained weights, optimiser state, the average if any, and the history so far."""
-
-    def __init__(
-        self,
-        parameters: Mapping[str, torch.nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        config: TrainingConfig,
-        folder: Path | None,
-        identity: Mapping[str, Any],
-    ) -> None:
-        self.parameters, self.optimizer, self.config, self.folder = parameters, optimizer, config, folder
-        self.identity = json.loads(json.dumps(identity))
-        self.history: list[dict[str, float]] = []
-        self.average = (
-            {name: p.detach().clone() for name, p in parameters.items()} if config.ema_decay is not None else {}
-        )
-
-    def after_step(self) -> None:
-        """Move the average towards the weights, more slowly as the run grows older."""
-        if self.average:
-            seen = len(self.history) + 1
-            decay = min(self.config.ema_decay or 0.0, (1 + seen) / (10 + seen))
-            torch._foreach_lerp_(
-                list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay
-            )
-
-    @torch.no_grad()
-    def adopt_average(self) -> None:
-        for name, value in self.average.items():
-            self.parameters[name].copy_(value)
-
-    def save(self, step: int) -> None:
-        """Write checkpoint `step`, then drop the ones too many; a kill in between leaves at least one whole."""
-        assert self.folder is not None
-        target = self.folder / "checkpoints" / f"step-{step:08d}"
-        state = self.optimizer.state_dict()["state"]
-        moments = {
-            f"{index}.{key}": torch.as_tensor(value) for index, entry in state.items() for key, value in entry.items()
-            if value is not None
-        }  # fmt: skip
-        with storage.atomic_directory(target) as partial:
-            storage.save_tensors(partial / "weights.safetensors", self.parameters)
-            if moments:  # plain SGD has none
-                storage.save_tensors(partial / "optimizer.safetensors", moments)
-            if self.average:
-                storage.save_tensors(partial / "average.safetensors", self.average)
-            storage.write_text(partial / "history.json", json.dumps(self.history))
-            storage.write_text(partial / "state.json", json.dumps({"step": step, "identity": self.identity}, indent=1))
-        for old in sorted(target.parent.glob("step-*"))[: -self.config.keep_checkpoints]:
-            shutil.rmtree(old)
-
-    def restore(self) -> int:
-        """Load the newest checkpoint into the parameters and the optimiser; returns its step, 0 if there is none."""
-        folders = sorted(self.folder.glob("checkpoints/step-*")) if self.folder else []
-        if not folders:
-            return 0
-        newest = folders[-1]
-        stored = json.loads((newest / "state.json").read_text())
-        differing = [key for key in self.identity if stored["identity"].get(key) != self.identity[key]]
-        if differing:
-            raise ValueError(
-                f"{newest} is a checkpoint of another run: {', '.join(differing)} differ (there "
-                f"{stored['identity'].get(differing[0])!r}, here {self.identity[differing[0]]!r}). Resume with the "
-                "same model and settings, or choose another output folder."
-            )
-        weights = storage.load_tensors(newest / "weights.safetensors")
-        if {n: tuple(t.shape) for n, t in weights.items()} != {n: tuple(p.shape) for n, p in self.parameters.items()}:
-            raise ValueError(f"{newest} holds the weights of another model. Choose another output folder.")
-        entries: dict[int, dict[str, torch.Tensor]] = {}
-        moments = newest / "optimizer.safetensors"
-        for name, value in (storage.load_tensors(moments) if moments.exists() else {}).items():
-            index, key = name.split(".", 1)
-            entries.setdefault(int(index), {})[key] = value
-        with torch.no_grad():
-            for name, value in weights.items():
-                self.parameters[name].copy_(value)
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": entries})
-        if self.average:
-            averages = storage.load_tensors(newest / "average.safetensors")
-            self.average = {name: averages[name].to(p.device) for name, p in self.parameters.items()}
-        self.history = json.loads((newest / "history.json").read_text())
-        return int(stored["step"])
+def _move_average(
+    average: Mapping[str, torch.Tensor],
+    parameters: Mapping[str, torch.nn.Parameter],
+    config: TrainingConfig,
+    step: int,
+) -> None:
+    """Move the average towards the weights, faster while the run is young."""
+    if average:
+        decay = min(config.ema_decay or 0.0, (2 + step) / (11 + step))
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)

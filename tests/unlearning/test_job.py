@@ -23,12 +23,13 @@ SMALL = [
 
 
 def launch(*arguments, processes=1, wait=True):
+    """``accelerate launch``; several CPU processes go through the same launcher as several GPUs."""
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu" if processes == 1 else "--multi_gpu",
+        "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
         "--num_cpu_threads_per_process", "1", "--main_process_port", "0", *arguments,
     ]  # fmt: skip
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     if not wait:
         return subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400)

@@ -16,7 +16,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -28,13 +28,13 @@ from diffusers import DiffusionPipeline
 
 from sfumato import concepts, recipes, storage
 from sfumato.families import StableDiffusion, family_of
-from sfumato.trainer import TrainingConfig, make_accelerator
+from sfumato.trainer import TrainingConfig, make_accelerator, preflight
 from sfumato.unlearning.examples import Examples, draw_examples, read_image_folder
 
 __all__ = ["METHODS", "ExampleConfig", "method_config", "unlearn"]
 
 METHODS = {"salun": ("sfumato.unlearning.salun", "SalUnConfig")}
-"""Method to its module, which has ``run``, and the name of its config there."""
+"""Method to its module, which has ``check`` and ``run``, and the name of its config there."""
 
 
 @dataclass
@@ -113,16 +113,21 @@ def unlearn(
     if folder is not None:
         storage.check_disk_space(folder, 2 * _size_of(pipe))
     identity = {
-        "method": method, "forget": concept.name, "concept": asdict(concept),
+        "method": method, "forget": concept.name, "concept": asdict(concept), "settings": asdict(config),
         "base": storage.fingerprint(family.denoiser.named_parameters()), "examples": asdict(sources),
     }  # fmt: skip
     accelerator = make_accelerator(training, folder)
+    denoiser = _trainable_copy(family, names)
+    implementation = importlib.import_module(METHODS[method][0])
+    implementation.check(config, denoiser, identity)
+    preflight(
+        denoiser, config.batch_size, training, accelerator=accelerator, output_dir=folder, identity=identity,
+        resume=resume,
+    )  # fmt: skip
     pipe.to(accelerator.device)
     store = folder / "examples" if folder else None
     sets = _example_sets(family, concept, sources, training.seed, store, identity, accelerator)
-    denoiser = _trainable_copy(family, names)
-    run: Callable[..., Any] = importlib.import_module(METHODS[method][0]).run
-    history, facts = run(
+    history, facts = implementation.run(
         family, denoiser, concept, *sets, config, training, identity=identity, output_dir=folder, resume=resume,
         accelerator=accelerator,
     )  # fmt: skip

@@ -25,7 +25,7 @@ the mask holds under AdamW; student and teacher see one posterior sample, not tw
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from sfumato.trainer import Shard, TrainingConfig, train
 from sfumato.unlearning.examples import Examples, PromptTable
 from sfumato.unlearning.saliency import load_mask, mask_density, save_mask, top_mask
 
-__all__ = ["SalUnConfig", "SalUnObjective", "run", "saliency_mask"]
+__all__ = ["SalUnConfig", "SalUnObjective", "check", "run", "saliency_mask"]
 
 MASK_STREAM, FORGET_STREAM, RETAIN_STREAM = 101, 102, 103  # keys that keep the random streams apart
 
@@ -183,6 +183,16 @@ def saliency_mask(
     return top_mask(saliency, config.mask_ratio)
 
 
+def check(config: SalUnConfig, denoiser: torch.nn.Module, identity: Mapping[str, Any]) -> None:
+    """Check, before the long work, a mask that the user gave; ValueError if it is of another model."""
+    if config.mask_path is not None:
+        _, provenance = load_mask(config.mask_path, denoiser)
+        if provenance.get("base") != identity["base"]:
+            raise ValueError(
+                f"{config.mask_path} was computed for another base model; leave out mask_path to make one."
+            )
+
+
 def run(
     family: StableDiffusion,
     denoiser: torch.nn.Module,
@@ -225,7 +235,7 @@ def run(
     objective = SalUnObjective(family, denoiser, forget, retain, anchors, prompts, config, training.seed)
     history = train(
         denoiser, objective, training, output_dir=output_dir, masks=masks, resume=resume,
-        identity={**identity, "salun": asdict(config)}, accelerator=accelerator, description="salun",
+        identity=identity, accelerator=accelerator, description="salun",
     )  # fmt: skip
     return history, facts
 
@@ -236,11 +246,7 @@ def _find_mask(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # fmt: skip
     """Read the mask the user gave, or compute one and save it beside the result."""
     if config.mask_path is not None:
-        masks, provenance = load_mask(config.mask_path, denoiser)
-        if provenance["base"] != identity["base"]:
-            raise ValueError(
-                f"{config.mask_path} was computed for another base model; leave out mask_path to make one."
-            )
+        masks, _ = load_mask(config.mask_path, denoiser)
         return masks, {"mask_density": mask_density(masks), "mask_path": config.mask_path}
     masks, threshold = saliency_mask(family, denoiser, forget, prompts, config, seed, accelerator)
     facts = {"mask_density": mask_density(masks), "mask_threshold": threshold}
