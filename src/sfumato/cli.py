@@ -34,9 +34,9 @@ def _make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", default="demo", help="folder for report.html, report.json and the unlearned model")
     demo.add_argument("--forget", default="sneaker", help="the concept to erase")
     demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--forget-repeats", type=int, default=8, help="pictures for each prompt with the concept")
+    demo.add_argument("--forget-repeats", type=int, default=6, help="pictures for each prompt with the concept")
     demo.add_argument("--retain-repeats", type=int, default=2, help="pictures for each prompt without it")
-    demo.add_argument("--num-inference-steps", type=int, default=25, help="sampler steps of each picture")
+    demo.add_argument("--num-inference-steps", type=int, default=20, help="sampler steps of each picture")
     demo.add_argument("--training-steps", type=int, default=None, help="override the recipe's number of steps")
     demo.set_defaults(run=_demo)
 

@@ -54,9 +54,9 @@ class DemoConfig:
     output: str = "demo"
     forget: str = "sneaker"
     seed: int = 0
-    forget_repeats: int = 8
+    forget_repeats: int = 6
     retain_repeats: int = 2
-    num_inference_steps: int = 25
+    num_inference_steps: int = 20
     training_steps: int | None = None
 
 

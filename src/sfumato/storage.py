@@ -50,6 +50,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)  # safetensors makes private files; a model folder is to be read by others
                 _sync(file)
         if path.exists():
             retired = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.retired")

@@ -276,8 +276,8 @@ def preflight(
         The identity that checkpoints store: the one given, with the settings of the training.
 
     Raises:
-        ValueError: If the batch can't be shared equally, there is nothing to train, the trained weights are not float32,
-            or the checkpoint to resume from is of another run.
+        ValueError: If the batch can't be shared equally, there is nothing to train, the trained weights are not
+            float32, or the checkpoint to resume from is of another run.
         OSError: If the checkpoints would not fit on the disk.
     """
     parameters = _trained(model)
