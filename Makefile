@@ -28,7 +28,7 @@ wheel: $(VENV)/.test  ## Build the distributions into dist/ and check the wheel 
 	.ci/check_wheel.sh $(BIN)/python
 
 clean:  ## Remove the environment and everything built, cached or generated
-	rm -rf $(VENV) build dist demo src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find src schedulers pipelines training tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One environment; a stamp for each set of extras, renewed when the requirements change. The second includes the first.

@@ -34,7 +34,7 @@ root = Path(sys.argv[1])
 failed = False
 
 # NVIDIA's libraries come with torch's default Linux wheel; they are torch's choice, not ours.
-names = sorted(name for name in {d.name.lower() for d in distributions()} if not name.startswith(("nvidia", "cuda", "triton")))
+names = sorted({d.name.lower() for d in distributions() if not d.name.lower().startswith(("nvidia", "cuda", "triton"))})
 print(f"{len(names)} packages: {' '.join(names)}")
 if len(names) > 45:
     failed = True
@@ -75,9 +75,11 @@ cat >consumer.py <<'PY'
 import sfumato
 from sfumato import TimeShiftScheduler
 
-reveal_type(TimeShiftScheduler)
-reveal_type(sfumato.load)
-reveal_type(sfumato.unlearn)
+
+def consume(scheduler: TimeShiftScheduler) -> None:
+    reveal_type(scheduler.set_timesteps)
+    reveal_type(sfumato.load)
+    reveal_type(sfumato.unlearn)
 PY
 "$python" -m mypy --config-file mypy.ini --cache-dir cache --python-executable "$bare" -p sfumato -m consumer >mypy.log ||
     { cat mypy.log >&2; exit 1; }

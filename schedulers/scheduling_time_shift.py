@@ -2,22 +2,21 @@
 
 Li, Qu, Yao, Sun, Moens, "Alleviating Exposure Bias in Diffusion Models through Sampling with Shifted Time Steps",
 ICLR 2024, arXiv 2305.15583. A sampled state x is not distributed as the noised images of training are; its variance
-betrays the time s whose distribution it fits best. With A = `alphas_cumprod`, half = window // 2 and the unbiased
-variance over all values of a sample, while the nominal time is above `cutoff`,
+(unbiased, over all values of a sample) betrays the time s whose distribution it fits best. With A = `alphas_cumprod`,
+half = window // 2, and while the nominal time is above `cutoff`:
 
     s = argmin |var(x) - v(tau)|  over  |tau - centre| <= half,   v(tau) = 1 - A[tau]                      (published)
                                                                   v(tau) = 1 - (1 - data_variance) A[tau]  (corrected)
     x <- sqrt(A[j]) x0(x, eps, A[i]) + sqrt(1 - A[j] - sigma^2) eps + sigma z     takes x from time i to time j,
     sigma^2 = eta^2 (1 - A[j]) / (1 - A[i]) (1 - A[i] / A[j]).
 
-The paper and the authors' two programs use s in three ways:
-`mode="paper"` (Alg. 3): x just produced, centre the next time; the network and the next update see s.
-`mode="pnm"` (TS-DPM, commit 146954f): x before the step, centre the next time; s replaces the update's target j.
-`mode="adm"` (TS-DPM-ADM, commit f69e84d): x before the step, centre i; the update goes to s - (i - j).
-Deviations from the programs: windows are cut at the ends of the table (they crash or jump there); the last step goes
-to the final alpha; sigma is 0 where s is noisier than x (theirs is the root of a negative number); window <= 1 never
-shifts, cutoff 0 always does; shifts stop once the variance is known to carry no signal (`has_signal`). Their grid and
-final target, adm's reversed table and offset come with `released=True`.
+mode "paper" (Alg. 3): x just produced, centre the next time; the network and the next update see s.
+mode "pnm" (authors' TS-DPM, commit 146954f): x before the step, centre the next time; s replaces the target j.
+mode "adm" (authors' TS-DPM-ADM, commit f69e84d): x before the step, centre i; the update goes to s - (i - j).
+Deviations from the programs: windows are cut at the ends of the table (they crash or jump); the last step goes to the
+final alpha; sigma is 0 where s is noisier than x (theirs: the root of a negative number); window <= 1 never shifts;
+cutoff 0 always does; shifts stop once the variance is known to carry no signal. Their grids and final targets, and
+adm's reversed table and offset, come with `released=True`.
 """
 
 import math
@@ -89,7 +88,8 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
         solver (`str`): `"ddim"`: noise as the `eta` of `step` says. `"ddpm"`: the same, but eta is 1 where it is given
             as 0, which is what stock pipelines pass when their caller says nothing.
         window (`int`): Width of the search in training steps, `window // 2` to either side; 0 and 1: no shift.
-        cutoff (`int`, *optional*): Shift only above this time; None: 3/10 of T. T - 1 or more: no shift.
+        cutoff (`int`, *optional*): Shift only while the nominal time of the step (`"pnm"`: of its target) is above it;
+            None: 3/10 of T. T - 1 or more: no shift.
         data_variance (`float`, *optional*): Mean variance s^2 of a clean sample over its values, which corrects the
             criterion ([`~TimeShiftScheduler.estimate_data_variance`]); at 0.95 or more nothing is shifted. None: the
             published criterion, the corrected one for s^2 = 0 (too late a time for real images), with a guard: s^2
@@ -147,11 +147,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Build the scheduler from another one's config; see [`ConfigMixin.from_config`].
-
-        Raises:
-            ValueError: If it is the config of a flow-matching model, which is not variance preserving.
-        """
+        """As in [`ConfigMixin`], but raises a ValueError for a flow-matching config, whose model has no betas."""
         if isinstance(config, dict):
             no_betas = "beta_start" not in config and ("shift" in config or "use_dynamic_shifting" in config)
             if no_betas or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
@@ -195,7 +191,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
             betas = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
         return torch.from_numpy(betas), torch.from_numpy(alphas_cumprod)
 
-    def _grid(self, steps: int) -> np.ndarray:
+    def _grid(self, steps: int) -> list[int]:
         """Times of a run of `steps` steps, falling."""
         config, count = self.config, self.config.num_train_timesteps
         if not 1 <= steps <= count:
@@ -212,7 +208,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
             times = np.linspace(0, count - 1, steps).round()
         else:
             times = np.round(count - np.arange(steps) * (count / steps))[::-1] - 1
-        return times[::-1]
+        return times[::-1].tolist()
 
     def set_timesteps(
         self,
@@ -230,23 +226,20 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: If not exactly one of the two is given, or the times do not fit the training schedule.
         """
-        if timesteps is not None and num_inference_steps is None:
-            times = np.asarray(torch.as_tensor(timesteps).tolist())
-            if (np.diff(times) >= 0).any() or (times % 1).any():
-                raise ValueError(f"`timesteps` must be whole and fall strictly, got {times.tolist()}.")
-        elif num_inference_steps is not None and timesteps is None:
-            times = self._grid(num_inference_steps)
-        else:
+        if (timesteps is None) == (num_inference_steps is None):
             raise ValueError("`set_timesteps` takes either `num_inference_steps` or `timesteps`: pass exactly one.")
-        size = len(self.alphas_cumprod)
-        if len(times) == 0 or times[0] >= size or times[-1] < 0:
+        times = self._grid(num_inference_steps or 0) if timesteps is None else torch.as_tensor(timesteps).tolist()
+        if not times or any(time % 1 for time in times) or any(a <= b for a, b in zip(times, times[1:], strict=False)):
+            raise ValueError(f"The times of a run must be whole, fall strictly and be at least one, got {times}.")
+        last = len(self.alphas_cumprod) - 1
+        if times[0] > last or times[-1] < 0:
             raise ValueError(
-                f"The run needs at least one time, all of them in [0, {size - 1}], got {times.tolist()}: change the"
-                " number of steps, `timesteps` or `steps_offset`."
+                f"Times must lie in [0, {last}], got {times}: take fewer steps or another `steps_offset`."
             )
+        times = [int(time) for time in times]
         self.num_inference_steps = len(times)
-        self.timesteps = torch.tensor(times.tolist(), device=device).to(torch.int64)
-        self._reset([int(time) for time in times], self.timesteps.device)
+        self.timesteps = torch.tensor(times, dtype=torch.int64, device=device)
+        self._reset(times, self.timesteps.device)
         if self._known_silent():
             self._warn("given", f"Nothing is shifted at `data_variance` {self.config.data_variance}: {_ADVICE}")
 
@@ -279,16 +272,13 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
 
     @staticmethod
     def estimate_data_variance(images: Tensor) -> float:
-        """Mean over images of the unbiased variance over all values of an image: the config's `data_variance`.
+        """Mean over images of the unbiased variance over all values of an image: what `data_variance` asks for.
 
         Args:
-            images (`torch.Tensor` of shape `(count, channels, height, width)`): Clean samples in the model's units:
-                pixels in [-1, 1], or scaled latents.
-
-        Returns:
-            `float`: s^2.
+            images (`torch.Tensor` of shape `(count, channels, height, width)`): Clean, as the model sees them: pixels
+                in [-1, 1], or scaled latents.
         """
-        return float(images.double().flatten(1).var(1).mean())
+        return float(images.detach().cpu().double().flatten(1).var(1).mean())
 
     @property
     def has_signal(self) -> bool:
@@ -309,7 +299,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
         A network trained by least squares has E<eps, x> = sqrt(1 - A) n, whatever the data, so the slope of eps on x
         tells the variance V = sqrt(1 - A) / slope that the network expects at its time, and V = 1 - (1 - s^2) A. The
         variance of the states would be a poor witness: exposure bias and the solver's own error disturb it (ten steps
-        shrink unit-variance data to 0.7), and its noise is carried along the run, so later steps do not average it out.
+        shrink unit-variance data to 0.7), and its noise is carried along the run, so that steps do not average it out.
         The same holds for the errors of V, taken as 0.5 % for the network and sqrt(A / n) for the sample: the last
         estimate, at the largest A, is the best one. Guidance exaggerates s^2, hence the wide upper bound.
         """
@@ -387,7 +377,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
         if self.config.mode == "paper":
             chosen = self._shift_next_time(prev_sample, index)
         self.step_index = index + 1
-        self.shifted_timesteps.append(chosen.expand(len(sample)))
+        self.shifted_timesteps.append(chosen.repeat(len(sample) // len(chosen)))
         if self.step_index == len(self.timesteps):
             self._report()
         output = (prev_sample.to(sample.dtype), x0.to(sample.dtype), self.shifted_timesteps[-1])
@@ -397,27 +387,21 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
         """Index of the step, found on the host, and the time that the model saw, `(1,)` on the sample's device.
 
         Pipelines iterate over views of `self.timesteps`, so an entry's address tells its index without reading it.
-        For anything else steps are counted: from `begin_index`, or from the last nominal time not below the first
-        time given.
+        Otherwise steps are counted, from `begin_index` or from the last nominal time not below the first one given.
         """
-        count, index = len(self.timesteps), -1
-        if isinstance(timestep, Tensor) and timestep.device == self.timesteps.device:
-            index = (timestep.data_ptr() - self.timesteps.data_ptr()) // self.timesteps.element_size()
-        if 0 <= index < count:
-            seen = torch.as_tensor(timestep).reshape(-1)
-        else:
-            known = self.begin_index if self.step_index is None else self.step_index
-            if known is None or known >= count:
-                known = max(sum(time >= int(timestep) for time in self._nominal[:-1]) - 1, 0)
-            index = known
-            if isinstance(timestep, Tensor):
-                seen = timestep.reshape(-1).to(device, torch.int64)
-            else:
-                seen = torch.full((1,), int(timestep), device=device)
+        count, index = len(self.timesteps), None
+        seen = timestep if isinstance(timestep, Tensor) else torch.full((1,), int(timestep), device=device)
+        if seen.device == self.timesteps.device:
+            index = (seen.data_ptr() - self.timesteps.data_ptr()) // self.timesteps.element_size()
+        seen = seen.reshape(-1).to(device, torch.int64)
+        if index is None or not 0 <= index < count:
+            index = self.begin_index if self.step_index is None else self.step_index
+            if index is None or index >= count:
+                index = max(sum(time >= int(timestep) for time in self._nominal[:-1]) - 1, 0)
             missed = (seen != self.timesteps[index].to(device)).any()
             self._off_schedule = missed if self._off_schedule is None else self._off_schedule | missed
         if index != self.step_index:  # not the successor of the last step: a run starts here
-            self.step_index = self._silent = None
+            self.step_index, self._silent, self.shifted_timesteps = None, None, []
         return index, seen
 
     def _alpha_at(self, times: Tensor, like: Tensor) -> Tensor:
@@ -437,9 +421,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
             return output, (x - signal * output) / noise
         return signal * x - noise * output, signal * output + noise * x
 
-    def _clip(
-        self, x0: Tensor, eps: Tensor, x: Tensor, alpha: Tensor, recompute_eps: bool | None
-    ) -> tuple[Tensor, Tensor]:
+    def _clip(self, x0: Tensor, eps: Tensor, x: Tensor, alpha: Tensor, new_eps: bool | None) -> tuple[Tensor, Tensor]:
         """Clip x0, or threshold it dynamically (arXiv 2205.11487, section 2.3); keep eps or make it agree with x0."""
         config = self.config
         if config.thresholding:
@@ -448,9 +430,9 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
             x0 = x0.clamp(-bound, bound) / bound
         elif config.clip_sample:
             x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
-        if recompute_eps is None:
-            recompute_eps = config.released and config.mode == "adm"
-        return x0, (x - alpha.sqrt() * x0) / (1 - alpha).sqrt() if recompute_eps else eps
+        if new_eps is None:
+            new_eps = config.released and config.mode == "adm"
+        return x0, (x - alpha.sqrt() * x0) / (1 - alpha).sqrt() if new_eps else eps
 
     def _target(self, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """Time that the update goes to and time to report; `(1,)` each, or `(B,)` where samples may differ."""
@@ -474,29 +456,20 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps[index + 1].copy_(found[0])
         return found
 
-    def _transfer(
-        self, x0: Tensor, eps: Tensor, alpha_t: Tensor, alpha_s: Tensor, eta: float, z: Tensor | None
-    ) -> Tensor:
-        """The DDIM update (arXiv 2010.02502, eq. 12 and 16) from A = alpha_t to A = alpha_s."""
-        mean = alpha_s.sqrt() * x0
+    def _transfer(self, x0: Tensor, eps: Tensor, a_t: Tensor, a_s: Tensor, eta: float, z: Tensor | None) -> Tensor:
+        """The DDIM update (arXiv 2010.02502, eq. 12 and 16) from A = a_t to A = a_s."""
         if eta == 0 or z is None:
-            return mean + (1 - alpha_s).sqrt() * eps
-        gain = (alpha_s - alpha_t).clamp(min=0) / alpha_s.clamp(min=torch.finfo(alpha_s.dtype).tiny)
-        variance = eta**2 * gain * (1 - alpha_s) / (1 - alpha_t)
-        return mean + (1 - alpha_s - variance).clamp(min=0).sqrt() * eps + variance.sqrt() * z
+            return a_s.sqrt() * x0 + (1 - a_s).sqrt() * eps
+        gain = (a_s - a_t).clamp(min=0) / a_s.clamp(min=torch.finfo(a_s.dtype).tiny)
+        variance = eta**2 * gain * (1 - a_s) / (1 - a_t)
+        return a_s.sqrt() * x0 + (1 - a_s - variance).clamp(min=0).sqrt() * eps + variance.sqrt() * z
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """Return the sample as it is: variance-preserving models take it unscaled."""
         return sample
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noised sample sqrt(A) x0 + sqrt(1 - A) noise.
-
-        Args:
-            original_samples (`torch.Tensor` of shape `(batch, ...)`): Clean samples x0; their dtype is returned.
-            noise (`torch.Tensor` of the same shape): Standard normal noise.
-            timesteps (`torch.Tensor` of shape `(batch,)` or `(1,)`, int64): Times.
-        """
+        """Noised samples sqrt(A) x0 + sqrt(1 - A) noise: `(batch, ...)` tensors, times of shape `(batch,)` or `(1,)`."""
         alpha = self._alpha_at(timesteps, original_samples)
         dtype = original_samples.dtype
         return alpha.sqrt().to(dtype) * original_samples + (1 - alpha).sqrt().to(dtype) * noise
