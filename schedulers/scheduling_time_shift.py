@@ -469,7 +469,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noised samples sqrt(A) x0 + sqrt(1 - A) noise: `(batch, ...)` tensors, times of shape `(batch,)` or `(1,)`."""
+        """Noised samples sqrt(A) x0 + sqrt(1 - A) noise: `(batch, ...)` tensors, times `(batch,)` or `(1,)`."""
         alpha = self._alpha_at(timesteps, original_samples)
         dtype = original_samples.dtype
         return alpha.sqrt().to(dtype) * original_samples + (1 - alpha).sqrt().to(dtype) * noise

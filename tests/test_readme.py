@@ -81,8 +81,8 @@ def help_of_salun(line, folder):
     assert "--mask_ratio" in printed and "Share of the trained weights that may move" in printed
 
 
-def train_atelier(line, folder):
-    """A few steps of every stage on made-up garments; the quality is measured when the models are made."""
+def make_garments(folder):
+    """Random pictures in the files Fashion-MNIST comes in."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 1000), ("t10k", 1000)):
         images = rng.integers(0, 256, (count, 28, 28), np.uint8)
@@ -90,6 +90,19 @@ def train_atelier(line, folder):
         for name, array in ((f"{split}-images-idx3-ubyte.gz", images), (f"{split}-labels-idx1-ubyte.gz", labels)):
             header = b"\x00\x00\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
             (folder / name).write_bytes(compress(header + array.tobytes()))
+
+
+def quality(line, folder):
+    make_garments(folder)
+    words = line.split()
+    words[:2] = [sys.executable, str(ROOT / words[1])]
+    printed = run([*words, "--data_dir", str(folder), "--repeats", "1", "--steps", "2"], folder)
+    assert "garment" in printed and "generated" in printed
+
+
+def train_atelier(line, folder):
+    """A few steps of every stage on made-up garments; the quality is measured when the models are made."""
+    make_garments(folder)
     steps = [f"--{stage}_steps=2" for stage in ("autoencoder", "judge", "denoiser", "pixel")]
     launch(line, folder, "--data_dir", str(folder), *steps, "--measured_repeats", "1", "--measured_steps", "2")
     built = folder / "atelier-run" / "assets"
@@ -102,6 +115,7 @@ RUNS = {
     "make test": make_test,
     "accelerate launch training/salun.py --model atelier --forget sneaker --output out/": salun_job,
     "sfumato unlearn salun --help": help_of_salun,
+    "python benchmarks/atelier_quality.py": quality,
     "accelerate launch training/train_atelier.py --output atelier-run": train_atelier,
 }
 

@@ -177,7 +177,7 @@ def _measure_pixel(
     pixel.scheduler = DDIMScheduler.from_config(scheduler.config)
     parts = [
         pixel(
-            batch, num_inference_steps=steps, guidance_scale=2.0, output_type="pt",
+            batch, num_inference_steps=steps, output_type="pt",
             generator=torch.Generator().manual_seed(number),
         ).images
         for number, batch in enumerate(asked.split(250))
@@ -242,7 +242,7 @@ def _pixel_text(quality: Mapping[str, Any]) -> str:
         "A class-conditional DDPM in pixel space (epsilon prediction, linear betas), for samplers that need pixel "
         "statistics. Load it with `sfumato.load('atelier-pixel')`; labels 0 to 9 are "
         f"{', '.join(atelier.GARMENTS)}.\n\nGarment accuracy of the judge on 1,000 pictures "
-        f"({quality['generation']['num_inference_steps']} DDIM steps, guidance 2), "
+        f"({quality['generation']['num_inference_steps']} DDIM steps, no guidance), "
         f"enlarged and coloured: generated {_percent(quality['pixel']['generated'])}, real test pictures at the same "
         f"size {_percent(quality['pixel']['real'])}."
     )
