@@ -15,8 +15,8 @@ mode "pnm" (authors' TS-DPM, commit 146954f): x before the step, centre the next
 mode "adm" (authors' TS-DPM-ADM, commit f69e84d): x before the step, centre i; the update goes to s - (i - j).
 Deviations from the programs: windows are cut at the ends of the table (they crash or jump); the last step goes to the
 final alpha; sigma is 0 where s is noisier than x (theirs: the root of a negative number); window <= 1 never shifts;
-cutoff 0 always does; shifts stop once the variance is known to carry no signal. Their grids and final targets, and
-adm's reversed table and offset, come with `released=True`.
+shifts stop once the variance is known to carry no signal. Their grids and final targets, and adm's reversed table,
+offset, window near time 0 and lack of choice at cutoff 0, come with `released=True`.
 """
 
 import math
@@ -293,6 +293,9 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
         cutoff = 3 * config.num_train_timesteps // 10 if config.cutoff is None else config.cutoff
         return config.window > 1 and nominal > cutoff and not self._known_silent()
 
+    def _released_adm(self) -> bool:
+        return self.config.released and self.config.mode == "adm"
+
     def _observe(self, x: Tensor, eps: Tensor, alpha: Tensor) -> None:
         """Estimate s^2, and judge by it whether the criterion means anything; all of it stays on the device.
 
@@ -315,6 +318,10 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
         """Time in the window around `centre` whose expected variance fits best, `(B,)`; the earliest of equals."""
         half = self.config.window // 2
         low, high = max(centre - half, 0), min(centre + half, self._last_time)
+        if self._released_adm() and self.config.cutoff == 0:
+            low = high = centre  # the program makes no choice there, but applies its offset
+        elif self._released_adm() and centre <= half:
+            low, high = 0, min(self.config.window, self._last_time)
         mismatch = (x.flatten(1).var(1, keepdim=True) - self._expected[low : high + 1]).square()  # (B, window)
         if self.config.mode == "paper":
             mismatch = mismatch.sum(0, keepdim=True).expand_as(mismatch)

@@ -507,6 +507,16 @@ def test_a_run_may_begin_anywhere(mode):
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
+def test_begin_index_decides_where_the_time_alone_would_not():
+    scheduler, x = make(window=0), noise(1, 3, 8, 8)
+    scheduler.set_timesteps(20)
+    scheduler.set_begin_index(6)
+    with CountReads() as counter:
+        scheduler.step(0.5 * x, torch.tensor(999), x)
+    assert scheduler.step_index == 7 and scheduler.shifted_timesteps[0].tolist() == [600]
+    assert counter.reads == 0
+
+
 def test_iterating_over_a_copy_uses_the_times_the_network_saw_and_warns_once(caplog):
     scheduler = make(window=60)
     network, x = gauss_network(scheduler.alphas_cumprod), noise(2, 3, 8, 8)
