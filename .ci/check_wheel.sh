@@ -36,9 +36,10 @@ failed = False
 # NVIDIA's libraries come with torch's default Linux wheel; they are torch's choice, not ours.
 names = sorted({d.name.lower() for d in distributions() if not d.name.lower().startswith(("nvidia", "cuda", "triton"))})
 print(f"{len(names)} packages: {' '.join(names)}")
-if len(names) > 45:
+# torch, diffusers, transformers and accelerate alone bring 49 today; sfumato and pip are the other two.
+if len(names) > 52:
     failed = True
-    print(f"A plain install may bring at most 45 packages, this one brings {len(names)}.", file=sys.stderr)
+    print(f"A plain install may bring at most 52 packages, this one brings {len(names)}.", file=sys.stderr)
 
 installed = Path(sfumato.__file__).parent
 for source, target, patterns in (

@@ -64,7 +64,7 @@ def vocabulary() -> Vocabulary:
 def _pack(run: Path, assets: Path) -> tuple[StableDiffusionPipeline, ClassConditionalPipeline, Judge]:
     """Assemble the pipelines from finished stages, write them in float16, and give them as they will be loaded."""
 
-    def finished(stage: str, module: torch.nn.Module) -> torch.nn.Module:
+    def finished(stage: str, module: Any) -> Any:
         module.load_state_dict(storage.load_tensors(run / stage / "finished.safetensors"))
         return module.eval()
 

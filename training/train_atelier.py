@@ -27,7 +27,7 @@ from sfumato import atelier, storage
 from sfumato.arguments import make_parser
 from sfumato.evaluation.judge import Judge
 from sfumato.randomness import permuted_indices, randint_for, randn_for, rng_for
-from sfumato.trainer import Shard, TrainingConfig, make_accelerator, train
+from sfumato.trainer import Objective, Shard, TrainingConfig, make_accelerator, train
 from sfumato.training import atelier_networks as networks
 from sfumato.training.atelier_release import release
 
@@ -226,17 +226,19 @@ def encode_all(
     return stored.pop("latents"), stored, json.loads((folder / "latents.json").read_text())["scaling_factor"]
 
 
-def stage_config(config: AtelierConfig, steps: int, learning_rate: float, **options: object) -> TrainingConfig:
+def stage_config(
+    config: AtelierConfig, steps: int, learning_rate: float, ema_decay: float | None = None
+) -> TrainingConfig:
     """The settings that all stages share."""
     return TrainingConfig(
         steps=steps, learning_rate=learning_rate, optimizer="adamw", lr_schedule="cosine", warmup_steps=100,
         max_grad_norm=1.0, mixed_precision=config.mixed_precision, checkpoint_every=config.checkpoint_every,
-        seed=config.seed, **options,
+        seed=config.seed, ema_decay=ema_decay,
     )  # fmt: skip
 
 
 def run_stage(
-    name: str, model: nn.Module, objective: object, settings: TrainingConfig, folder: Path, accelerator: Accelerator
+    name: str, model: nn.Module, objective: Objective, settings: TrainingConfig, folder: Path, accelerator: Accelerator
 ) -> nn.Module:
     """Train one stage, or load it if it is finished; returns the model in evaluation mode."""
     finished = folder / name / "finished.safetensors"
@@ -277,14 +279,14 @@ def main(config: AtelierConfig) -> None:
     if "denoiser" in stages:
         latents, truth, scale = encode_all(folder, renders, accelerator)
         tokenizer = networks.make_tokenizer(folder / "tokenizer")
-        objective = DenoiserObjective(latents.float() * scale, truth, tokenizer, networks.latent_schedule(), seed)
+        captioned = DenoiserObjective(latents.float() * scale, truth, tokenizer, networks.latent_schedule(), seed)
         settings = stage_config(config, config.denoiser_steps, 7e-4, ema_decay=0.999)
-        run_stage("denoiser", networks.make_denoiser(tokenizer), objective, settings, folder, accelerator)
+        run_stage("denoiser", networks.make_denoiser(tokenizer), captioned, settings, folder, accelerator)
     if "pixel" in stages:
         garments, classes = networks.small_garments(images), torch.from_numpy(labels).long()
-        objective = PixelObjective(garments, classes, networks.pixel_schedule(), seed)
+        labelled = PixelObjective(garments, classes, networks.pixel_schedule(), seed)
         settings = stage_config(config, config.pixel_steps, 1e-3, ema_decay=0.999)
-        run_stage("pixel", networks.make_pixel_denoiser(), objective, settings, folder, accelerator)
+        run_stage("pixel", networks.make_pixel_denoiser(), labelled, settings, folder, accelerator)
     if accelerator.is_main_process and all((folder / stage / "finished.safetensors").exists() for stage in STAGES):
         quality = release(
             folder, folder / "assets", atelier.find_fashion_mnist(config.data_dir, "test"),

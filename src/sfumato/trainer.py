@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -36,7 +36,8 @@ __all__ = [
 ]
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard:
     """One of `count` equal slices of a global batch."""
 
     index: int
@@ -212,13 +213,13 @@ def train(
     )
     parameters = _trained(model)
     if config.gradient_checkpointing and hasattr(model, "enable_gradient_checkpointing"):
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing()  # type: ignore[operator]
     model.to(accelerator.device)
     optimizer = _make_optimizer(parameters, config)
     if masks:
         MaskedUpdate(optimizer, {parameters[name]: mask.to(accelerator.device) for name, mask in masks.items()})
     average = {n: p.detach().clone() for n, p in parameters.items()} if config.ema_decay is not None else {}
-    start, history = 0, []
+    start, history = 0, list[dict[str, float]]()
     checkpoint = checkpoints.newest(folder) if resume and folder else None
     if checkpoint is not None:
         start, history = checkpoints.restore(checkpoint, weights=parameters, optimizer=optimizer, average=average)

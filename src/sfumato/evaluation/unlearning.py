@@ -92,7 +92,8 @@ def score(protocol: Protocol, judge: Judge, pictures: torch.Tensor) -> Unlearnin
     verdicts = [
         {name: judge.domains[name][int(index[k])] for name, index in seen.items()} for k in range(len(pictures))
     ]
-    forget, retain = [], []
+    forget: list[tuple[Mapping[str, str], Mapping[str, str]]] = []
+    retain: list[tuple[Mapping[str, str], Mapping[str, str]]] = []
     for row, verdict in zip(protocol.attributes, verdicts, strict=True):
         (forget if _shows(row, protocol.target) else retain).append((row, verdict))
     domains, others = list(protocol.target), [name for name in judge.domains if name not in protocol.target]

@@ -135,7 +135,7 @@ def unlearn(
     result = family.with_denoiser(denoiser)
     if folder is not None and accelerator.is_main_process:
         settings_used = {**asdict(config), **asdict(sources), **asdict(training)}
-        manifest = _manifest(concept, method, settings_used, facts, identity["base"], denoiser, accelerator)
+        manifest = _manifest(concept, method, settings_used, facts, str(identity["base"]), denoiser, accelerator)
         manifest["seconds"] = round(time.perf_counter() - began, 1)
         _write_result(result, concepts.vocabulary_of(pipe), folder, history, manifest)
     accelerator.wait_for_everyone()

@@ -24,7 +24,7 @@ the mask holds under AdamW; student and teacher see one posterior sample, not tw
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ class SalUnObjective:
 
 
 def _noise(
-    family: StableDiffusion, examples: Examples, index: Any, keys: list[tuple[int, ...]]
+    family: StableDiffusion, examples: Examples, index: Any, keys: Sequence[tuple[int, ...]]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw posterior sample, time and noise by key; returns noisy latents (B, C, H, W), times (B,) and targets."""
     shape = examples.mean.shape[1:]
