@@ -177,9 +177,9 @@ def _measure_pixel(
     pixel.scheduler = DDIMScheduler.from_config(scheduler.config)
     parts = [
         pixel(
-            batch, num_inference_steps=steps, output_type="pt",
+            batch, num_inference_steps=steps, output_type="pt", return_dict=False,
             generator=torch.Generator().manual_seed(number),
-        ).images
+        )[0]
         for number, batch in enumerate(asked.split(250))
     ]  # fmt: skip
     pixel.scheduler = scheduler

@@ -268,7 +268,8 @@ def main(config: AtelierConfig) -> None:
     accelerator = make_accelerator(TrainingConfig(mixed_precision=config.mixed_precision))
     stages = config.stages.split(",")
 
-    autoencoder = networks.AutoencoderLoss(networks.make_autoencoder()).to(memory_format=torch.channels_last)
+    autoencoder = networks.AutoencoderLoss(networks.make_autoencoder())
+    autoencoder.autoencoder.to(memory_format=torch.channels_last)  # a sixth faster on a CPU
     if "autoencoder" in stages:
         settings = stage_config(config, config.autoencoder_steps, 2e-3)
         run_stage("autoencoder", autoencoder, AutoencoderObjective(renders, seed), settings, folder, accelerator)
