@@ -149,11 +149,15 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As in [`ConfigMixin`], but raises a ValueError for a flow-matching config, whose model has no betas."""
         if isinstance(config, dict):
-            no_betas = "beta_start" not in config and ("shift" in config or "use_dynamic_shifting" in config)
+            name = str(config.get("_class_name", ""))
+            foreign = {"shift", "use_dynamic_shifting", "sigma_data"} & set(config) or name.startswith(
+                ("FlowMatch", "EDM")
+            )
+            no_betas = "beta_start" not in config and foreign
             if no_betas or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
                 raise ValueError(
                     f"{cls.__name__} needs a schedule of betas (epsilon, sample or v prediction), got a flow-matching"
-                    f" config ({config.get('_class_name', 'unnamed')}): keep the scheduler that came with the model."
+                    f" config or EDM's ({name or 'unnamed'}): keep the scheduler that came with the model."
                 )
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 

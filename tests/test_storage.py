@@ -69,6 +69,16 @@ def test_output_folder_with_an_unfinished_run_needs_resume(tmp_path):
     assert storage.check_output_dir(tmp_path, resume=True) == tmp_path
 
 
+def test_folder_with_files_of_somebody_else_is_refused_and_kept(tmp_path):
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "mine.py").write_text("precious")
+    (tmp_path / "unet").mkdir()
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match="not this job's .unet"):
+            storage.check_output_dir(tmp_path, resume=resume)
+    assert (tmp_path / "examples" / "mine.py").read_text() == "precious"
+
+
 def test_output_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="is a file"):

@@ -129,6 +129,27 @@ def test_corrupt_checkpoint_is_named_and_kept(tmp_path):
     assert file.exists()
 
 
+def test_damaged_state_is_named(tmp_path):
+    train(linear(), Regression(), CONFIG, output_dir=tmp_path)
+    (tmp_path / "checkpoints" / "step-00000012" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="state.json is damaged; delete"):
+        train(linear(), Regression(), CONFIG, output_dir=tmp_path, resume=True)
+
+
+class InfiniteGradient(Regression):
+    """A finite loss whose gradient is not: the square root at zero."""
+
+    def losses(self, model, step, shard):
+        return {"root": (0 * model.weight).sum().sqrt()}
+
+
+def test_gradient_that_is_not_a_number_stops_before_it_reaches_the_weights():
+    model = linear()
+    with pytest.raises(NonFiniteLossError, match="The gradient became nan at step 0"):
+        train(model, InfiniteGradient(), CONFIG)
+    assert torch.equal(model.weight, linear().weight)
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     train(linear(), Regression(), replace(CONFIG, keep_checkpoints=2), output_dir=tmp_path)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]

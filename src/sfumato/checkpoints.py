@@ -36,7 +36,15 @@ def check_same_run(checkpoint: Path, identity: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If it differs from what the checkpoint stored; the message says in what.
     """
-    stored = _read_json(checkpoint / "state.json")["identity"]
+    state = _read_json(checkpoint / "state.json")
+    if "identity" not in state or "step" not in state:
+        raise ValueError(f"{checkpoint / 'state.json'} is damaged; delete {checkpoint} to fall back.")
+    for file in checkpoint.glob("*.safetensors"):
+        try:
+            storage.read_metadata(file)
+        except ValueError as error:
+            raise ValueError(f"{error} This is a checkpoint: delete {checkpoint} to fall back.") from error
+    stored = state["identity"]
     differing = [key for key in identity if stored.get(key) != identity[key]]
     if differing:
         there, here = stored.get(differing[0]), identity[differing[0]]

@@ -59,6 +59,15 @@ class DemoConfig:
     num_inference_steps: int = 20
     training_steps: int | None = None
 
+    def __post_init__(self) -> None:
+        """Check the numbers before the long work."""
+        for name in ("forget_repeats", "retain_repeats", "num_inference_steps", "training_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {value}.")
+        if self.seed < 0:
+            raise ValueError(f"`--seed` must not be negative, got {self.seed}.")
+
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
     """Run the demo, print its table and the path of its report.
@@ -128,11 +137,15 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
 def _check_output(output: Path) -> Path:
     """Accept a folder that is absent, empty, or an earlier demo's."""
+    if output.resolve() == Path.cwd().resolve():
+        raise ValueError("The demo makes a folder of its own; name it with --output, for instance --output demo.")
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"{output} is a file; choose another folder with --output.")
     if output.is_dir() and any(output.iterdir()):
+        made_here = {"report.html", "report.json", "before-after.png", "unlearned"}
         try:
-            ours = json.loads((output / "report.json").read_text()).get("made_by") == "sfumato demo"
+            author = json.loads((output / "report.json").read_text()).get("made_by")
+            ours = author == "sfumato demo" and {entry.name for entry in output.iterdir()} <= made_here
         except (OSError, json.JSONDecodeError):
             ours = False
         if not ours:

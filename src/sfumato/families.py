@@ -100,8 +100,8 @@ class StableDiffusion:
         config = pipe.scheduler.config
         if "shift" in config or not hasattr(pipe.scheduler, "alphas_cumprod"):
             raise ValueError(
-                f"{type(pipe.scheduler).__name__} is a flow-matching scheduler, but Stable Diffusion has betas; "
-                "set pipe.scheduler = DDIMScheduler.from_pretrained(model, subfolder='scheduler')."
+                f"{type(pipe.scheduler).__name__} has no betas (a flow-matching scheduler or EDM's), Stable Diffusion "
+                "needs them; set pipe.scheduler = DDIMScheduler.from_pretrained(model, subfolder='scheduler')."
             )
         self.prediction_type = config.get("prediction_type", "epsilon")
         if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
@@ -271,7 +271,6 @@ class StableDiffusion:
 
 _FAMILIES: Mapping[str, type[StableDiffusion]] = {
     "StableDiffusionPipeline": StableDiffusion,
-    "StableDiffusionImg2ImgPipeline": StableDiffusion,
 }
 
 

@@ -31,6 +31,9 @@ __all__ = [
     "write_text",
 ]
 
+JOB_FILES = frozenset({"checkpoints", "examples", "logs", "result", "saliency_mask.safetensors"})
+"""What an unfinished job leaves in its output folder."""
+
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
@@ -203,7 +206,8 @@ def check_output_dir(path: str | Path, *, resume: bool = False) -> Path:
         The path.
 
     Raises:
-        FileExistsError: If it holds a finished model, or an unfinished run and `resume` is false.
+        FileExistsError: If it holds a finished model, anything but a job's own files, or an unfinished run and
+            `resume` is false.
         NotADirectoryError: If the path, or one above it, is a file.
         PermissionError: If it can't be written.
     """
@@ -215,7 +219,13 @@ def check_output_dir(path: str | Path, *, resume: bool = False) -> Path:
         raise PermissionError(f"Can't write into {path}: no permission. Choose another output folder.")
     if (path / "model_index.json").exists():
         raise FileExistsError(f"{path} already holds a finished model. Choose another output folder or move it away.")
-    if any(path.glob("checkpoints/step-*")) and not resume:
+    present = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    foreign = {name for name in present if name not in JOB_FILES and not name.endswith((".partial", ".retired"))}
+    if foreign and not (resume and "result" in present):  # killed while the finished result was being put in place
+        raise FileExistsError(
+            f"{path} holds files that are not this job's ({sorted(foreign)[0]}). Choose an empty or new output folder."
+        )
+    if present and not resume:
         raise FileExistsError(f"{path} holds an unfinished run. Continue it with --resume, or choose another folder.")
     return path
 

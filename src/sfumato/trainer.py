@@ -365,8 +365,14 @@ def _step(
             f"The loss became {row['loss']} at step {step}; stopped before it reached the weights. The last "
             "checkpoint is kept. Try a smaller learning rate, max_grad_norm=1, or mixed_precision='no'."
         )
-    if config.max_grad_norm is not None:
-        accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
+    norm = accelerator.clip_grad_norm_(model.parameters(), limit)
+    if config.mixed_precision != "fp16" and norm is not None and not math.isfinite(norm):  # fp16's scaler skips these
+        optimizer.zero_grad()
+        raise NonFiniteLossError(
+            f"The gradient became {float(norm)} at step {step}; stopped before it reached the weights. The last "
+            "checkpoint is kept. Try a smaller learning rate, or mixed_precision='no'."
+        )
     for group in optimizer.param_groups:
         group["lr"] = row["learning_rate"]
     optimizer.step()

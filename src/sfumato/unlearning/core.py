@@ -177,7 +177,8 @@ def _example_sets(
         if images is not None:
             parts.append(read_image_folder(family, images, prompts, batch_size=sources.example_batch_size))
             continue
-        if path is not None and path.exists() and (stored := storage.read_metadata(path)).get("key") == key:
+        stored = _stored_examples(path)
+        if path is not None and stored.get("key") == key:
             latents = storage.load_tensors(path)["latents"]
             parts.append(Examples(latents, torch.zeros_like(latents), tuple(stored["shown"])))
             continue
@@ -191,6 +192,14 @@ def _example_sets(
         parts.append(drawn)
         accelerator.wait_for_everyone()
     return parts[0], parts[1]
+
+
+def _stored_examples(path: Path | None) -> dict[str, Any]:
+    """What an earlier start of this run wrote beside its examples; nothing if it is absent or damaged."""
+    try:
+        return storage.read_metadata(path) if path is not None else {}
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def _trainable_copy(family: StableDiffusion, names: Sequence[str]) -> torch.nn.Module:

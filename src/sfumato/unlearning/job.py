@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 from sfumato import families, recipes
 from sfumato.arguments import make_parser
-from sfumato.trainer import NonFiniteLossError, TrainingConfig
+from sfumato.trainer import TrainingConfig
 from sfumato.unlearning.core import ExampleConfig, method_config, unlearn
 
 __all__ = ["JobConfig", "main"]
@@ -59,5 +59,5 @@ def main(method: str, arguments: Sequence[str] | None = None) -> None:
             pipe, job.forget, method, anchor=job.anchor, retain=job.retain, output_dir=job.output, resume=job.resume,
             **settings,
         )  # fmt: skip
-    except (ValueError, OSError, NonFiniteLossError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")
