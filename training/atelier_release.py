@@ -100,7 +100,8 @@ def _write_renders(folder: Path, test: tuple[np.ndarray, np.ndarray]) -> None:
     with storage.atomic_directory(folder) as partial:
         for number, one in enumerate(words.combinations({}) * RENDERS_PER_COMBINATION):
             label = atelier.GARMENTS.index(one["garment"])
-            index = np.flatnonzero(labels == label)[number]
+            candidates = np.flatnonzero(labels == label)
+            index = candidates[number % len(candidates)]
             picture = atelier.render(
                 torch.from_numpy(images[index : index + 1]),
                 torch.tensor([atelier.STYLES.index(one["style"])]),
