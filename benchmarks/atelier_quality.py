@@ -13,7 +13,7 @@ import sfumato
 from sfumato import atelier
 from sfumato.arguments import make_parser
 from sfumato.evaluation.judge import Judge
-from sfumato.families import assets_folder
+from sfumato.loading import assets_folder
 from sfumato.training.atelier_release import measure
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from sfumato.concepts import Concept, Vocabulary, resolve, vocabulary_of
-from sfumato.families import assets_folder
+from sfumato.loading import assets_folder
 
 
 class Pipe:
@@ -113,3 +113,13 @@ def test_anchor_equal_to_the_concept_is_refused():
 def test_lists_of_different_lengths_are_refused():
     with pytest.raises(ValueError, match="2 prompts need as many anchors, got 1"):
         Concept("x", ("a", "b"), ("c",), ("d",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"name": ', "concepts.json is not valid JSON"), ("{}", "concepts.json is damaged .KeyError: 'name'")],
+)
+def test_damaged_vocabulary_is_named(tmp_path, content, message):
+    (tmp_path / "concepts.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Vocabulary.load(tmp_path / "concepts.json")

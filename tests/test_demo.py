@@ -1,8 +1,9 @@
 import json
+import sys
 
 import pytest
 
-from sfumato.demo import DemoConfig, run_demo
+from sfumato.demo import DemoConfig, _launch, _run_job, run_demo
 
 
 def test_folder_that_is_not_a_demo_s_is_left_alone(tmp_path):
@@ -36,6 +37,31 @@ def test_file_in_the_way_is_named(tmp_path):
     (tmp_path / "demo").write_text("")
     with pytest.raises(NotADirectoryError, match="is a file"):
         run_demo(DemoConfig(output=str(tmp_path / "demo")))
+
+
+def test_error_of_a_job_is_given_back_and_not_shown(capfd):
+    script = "import sys; print('so far', file=sys.stderr); sys.exit('error: no such thing')"
+    assert _run_job([sys.executable, "-c", script]) == (1, "no such thing")
+    assert capfd.readouterr().err == "so far\n"
+
+
+@pytest.mark.slow
+def test_error_of_the_launched_job_is_said_once(tmp_path, capfd):
+    with pytest.raises(RuntimeError, match="^atelier does not know the concept 'snaeker'. Did you mean 'sneaker'"):
+        _launch(DemoConfig(forget="snaeker"), tmp_path / "out")
+    assert "error:" not in capfd.readouterr().err
+
+
+def test_job_s_own_output_is_shown_as_it_comes(capfd):
+    script = "import sys; print('\\rdraw 1', end='\\rdraw 2', file=sys.stderr); sys.exit(3)"
+    assert _run_job([sys.executable, "-c", script]) == (3, "")
+    assert capfd.readouterr().err == "\rdraw 1\rdraw 2"
+
+
+def test_job_that_dies_without_a_word_is_reported(monkeypatch, tmp_path):
+    monkeypatch.setattr("sfumato.demo.sys.executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="The unlearning job failed with status 1"):
+        _launch(DemoConfig(), tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -1,11 +1,12 @@
-import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMPipeline, PNDMScheduler, UNet2DModel
 
 import sfumato
-from sfumato.families import StableDiffusion, assets_folder, family_of
+from sfumato.families import StableDiffusion, family_of
+from sfumato.loading import assets_folder
 from sfumato.randomness import generator_for
 
 
@@ -17,33 +18,6 @@ def atelier():
 @pytest.fixture(scope="module")
 def family(atelier):
     return family_of(atelier)
-
-
-def test_atelier_is_a_stock_pipeline_in_float32(atelier):
-    from diffusers import StableDiffusionPipeline
-
-    assert type(atelier) is StableDiffusionPipeline
-    assert all(module.dtype == torch.float32 for module in (atelier.unet, atelier.vae, atelier.text_encoder))
-
-
-def test_stock_diffusers_loads_atelier_without_help_from_us():
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(assets_folder() / "atelier", dtype=torch.float32)
-    image = pipe("a photo of a red bag", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
-    assert image.size == (32, 32)
-
-
-def test_any_local_folder_loads(atelier, tmp_path):
-    atelier.save_pretrained(tmp_path / "copy")
-    copy = sfumato.load(tmp_path / "copy")
-    assert torch.equal(copy.unet.conv_in.weight, atelier.unet.conv_in.weight)
-
-
-def test_embedded_weights_are_small_and_free_of_pickle():
-    files = [path for path in assets_folder().rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") <= 20_000_000
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".md", ".png", ".txt"}
 
 
 def test_conditioning_and_prediction_are_those_of_the_stock_pipeline(atelier, family):
@@ -125,20 +99,25 @@ def test_flow_matching_scheduler_on_a_beta_model_is_refused(atelier):
         family_of(pipe)
 
 
-def test_model_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no model folder"):
-        sfumato.load(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="name is empty"):
-        sfumato.load("")
-    (tmp_path / "model_index.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        sfumato.load(tmp_path)
+@pytest.mark.parametrize(("half", "other"), [("unet", "text_encoder"), ("text_encoder", "unet")])
+def test_mixed_dtypes_are_refused_before_the_work(half, other, tmp_path):
+    pipe = sfumato.load("atelier")
+    getattr(pipe, half).half()
+    with pytest.raises(ValueError, match=r"must be the same; use pipe.to\(torch.float32\)"):
+        sfumato.unlearn(pipe, "sneaker", output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
-def test_truncated_weights_are_named_before_anything_is_built(tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(assets_folder() / "atelier", folder)
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100_000])
-    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors is corrupt or cut short"):
-        sfumato.load(folder)
+def test_autoencoder_may_have_a_dtype_of_its_own():
+    pipe = sfumato.load("atelier")
+    pipe.vae.half()
+    family_of(pipe).check_dtypes()
+
+
+def test_size_of_a_picture_is_what_the_autoencoder_makes_of_a_latent(family):
+    assert family.image_size == tuple(family.decode(torch.zeros(1, *family.latent_shape)).shape[2:]) == (32, 32)
+
+
+def test_nothing_but_a_family_looks_into_a_pipeline():
+    sources = [path for path in Path(sfumato.__file__).parent.rglob("*.py") if path.name != "families.py"]
+    assert [path.name for path in sources if "family.pipe" in path.read_text()] == []

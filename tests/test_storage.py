@@ -35,6 +35,25 @@ def test_truncated_file_is_named(tmp_path):
         storage.load_tensors(path)
 
 
+def test_names_of_tensors_are_read_from_the_header(tmp_path):
+    path = storage.save_tensors(tmp_path / "x.safetensors", {"b": torch.ones(2), "a": torch.zeros(3)})
+    assert sorted(storage.tensor_names(path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": ', "x.json is not valid JSON"),
+        (b"\xff\xfe", "x.json is not valid JSON"),
+        (b"[]", "x.json must hold a"),
+    ],
+)
+def test_damaged_json_is_named(tmp_path, content, message):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        storage.read_json(tmp_path / "x.json")
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no.safetensors"):
         storage.load_tensors(tmp_path / "no.safetensors")

@@ -150,6 +150,60 @@ def test_gradient_that_is_not_a_number_stops_before_it_reaches_the_weights():
     assert torch.equal(model.weight, linear().weight)
 
 
+def checkpoints_in(folder):
+    return sorted(path.name for path in folder.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_learning_rate_that_ruins_the_weights_leaves_no_checkpoint(tmp_path, steps, optimizer):
+    config = TrainingConfig(steps=steps, learning_rate=1e30, optimizer=optimizer, checkpoint_every=1)
+    with pytest.raises(NonFiniteLossError, match="The weights of step 0 give a loss of inf; stopped, and nothing"):
+        train(linear(), Regression(), config, output_dir=tmp_path)
+    assert checkpoints_in(tmp_path) == []
+
+
+def test_largest_learning_rate_is_stopped_by_the_loss_and_not_by_the_optimiser():
+    with pytest.raises(NonFiniteLossError):
+        train(linear(), Regression(), TrainingConfig(steps=1, learning_rate=1e36))
+
+
+class Ruinous(Regression):
+    """One step whose loss is finite, but whose gradient throws the weights out of all measure."""
+
+    def losses(self, model, step, shard):
+        terms = super().losses(model, step, shard)
+        return {**terms, "fit": terms["fit"] * (1e18 if step == 7 else 1)}
+
+
+def test_ruined_weights_do_not_replace_the_good_checkpoint_and_the_run_resumes_from_it(tmp_path):
+    config = replace(CONFIG, optimizer="sgd", keep_checkpoints=1)
+    with pytest.raises(NonFiniteLossError, match="The weights of step 7 give a loss of"):
+        train(linear(), Ruinous(), config, output_dir=tmp_path)
+    assert checkpoints_in(tmp_path) == ["step-00000004"]
+    whole, resumed = linear(), linear()
+    train(whole, Regression(), config)
+    history = train(resumed, Regression(), config, output_dir=tmp_path, resume=True)
+    assert [row["step"] for row in history] == list(range(12))
+    assert torch.equal(whole.weight, resumed.weight)
+
+
+class Saturating(Regression):
+    """A loss that stays finite even where the bias is infinite."""
+
+    def losses(self, model, step, shard):
+        return {"saturating": 1e10 * model.bias.tanh().sum()}
+
+
+def test_infinite_weight_is_found_where_the_loss_stays_finite(tmp_path):
+    model = linear()
+    config = TrainingConfig(steps=1, learning_rate=1e30, optimizer="sgd")
+    with pytest.raises(NonFiniteLossError, match="The update of step 0 left weights that are NaN or infinite"):
+        train(model, Saturating(), config, output_dir=tmp_path)
+    assert model.bias.isinf().any() and Saturating().losses(model, 0, Shard(0, 1))["saturating"].isfinite()
+    assert checkpoints_in(tmp_path) == []
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     train(linear(), Regression(), replace(CONFIG, keep_checkpoints=2), output_dir=tmp_path)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
@@ -188,7 +242,13 @@ def test_tensorboard_receives_the_losses(tmp_path):
     ("field", "value", "message"),
     [
         ("steps", 0, "`steps` must be at least 1, got 0"),
-        ("learning_rate", float("nan"), "`learning_rate` must be a positive number"),
+        ("steps", "3", "`steps` must be a whole number, got '3'"),
+        ("steps", 2.5, "`steps` must be a whole number, got 2.5"),
+        ("learning_rate", float("nan"), "`learning_rate` must be a finite number, got nan"),
+        ("learning_rate", 0, "`learning_rate` must be a positive number of at most 1e.36, .* got 0"),
+        ("learning_rate", 1e38, "`learning_rate` must be a positive number of at most 1e.36, .* got 1e.38"),
+        ("learning_rate", "1e-5", "`learning_rate` must be a finite number, got '1e-5'; .* in YAML with a point"),
+        ("gradient_checkpointing", "false", "`gradient_checkpointing` must be True or False, got 'false'"),
         ("optimizer", "adagrad", "`optimizer` must be one of adam, adamw, sgd, got 'adagrad'"),
         ("lr_schedule", "step", "`lr_schedule` must be"),
         ("mixed_precision", "int8", "`mixed_precision` must be"),

@@ -60,7 +60,7 @@ class AtelierConfig:
     autoencoder_steps: int = 4500
     judge_steps: int = 3000
     denoiser_steps: int = 7000
-    pixel_steps: int = 4000
+    pixel_steps: int = 6000
     mixed_precision: str = "no"
     checkpoint_every: int = 250
     seed: int = 0
@@ -84,6 +84,28 @@ class Renders:
         return pictures, {"garment": self.labels[index], "style": styles, "colour": colours}
 
 
+class Batch:
+    """A process's share of a step's global batch: where it lies in the stream of samples, and on which device.
+
+    Attributes:
+        device: That of the model.
+        start: Position of its first sample in the stream.
+        count: Its number of samples.
+    """
+
+    def __init__(self, model: nn.Module, step: int, shard: Shard, size: int) -> None:
+        span = shard.of(size)
+        self.device, self.start, self.count = next(model.parameters()).device, step * size + span.start, len(span)
+
+    def keys(self, *stream: int) -> list[tuple[int, ...]]:
+        """Give each sample a key for `sfumato.randomness`: the stream's, then its position."""
+        return [(*stream, self.start + k) for k in range(self.count)]
+
+    def choose(self, seed: int, size: int) -> torch.Tensor:
+        """Give each sample its place, ``(count,)``, in a data set of `size` that is shuffled anew each pass."""
+        return torch.from_numpy(permuted_indices(seed, size, self.start, self.count))
+
+
 class AutoencoderObjective:
     """L1 + L2 reconstruction and a faint KL term."""
 
@@ -94,11 +116,9 @@ class AutoencoderObjective:
 
     def losses(self, model: nn.Module, step: int, shard: Shard) -> Mapping[str, torch.Tensor]:
         """See `sfumato.trainer.Objective`."""
-        device = next(model.parameters()).device
-        span = shard.of(self.batch_size)
-        start = step * self.batch_size + span.start
-        pictures = 2 * self.renders.draw(start, len(span))[0].to(device) - 1
-        noise = randn_for([(self.seed, 2, start + k) for k in range(len(span))], (4, 8, 8)).to(device)
+        batch = Batch(model, step, shard, self.batch_size)
+        pictures = 2 * self.renders.draw(batch.start, batch.count)[0].to(batch.device) - 1
+        noise = randn_for(batch.keys(self.seed, 2), (4, 8, 8)).to(batch.device)
         return model(pictures.contiguous(memory_format=torch.channels_last), noise)
 
 
@@ -112,17 +132,14 @@ class JudgeObjective:
 
     def losses(self, model: nn.Module, step: int, shard: Shard) -> Mapping[str, torch.Tensor]:
         """See `sfumato.trainer.Objective`."""
-        device = next(model.parameters()).device
-        span = shard.of(self.batch_size)
-        start = step * self.batch_size + span.start
-        pictures, truth = self.renders.draw(start, len(span))
-        keys = [(self.seed, 3, start + k) for k in range(len(span))]
-        strength = 0.08 * torch.rand(len(span), 1, 1, 1, generator=torch.Generator().manual_seed(start))
+        batch = Batch(model, step, shard, self.batch_size)
+        pictures, truth = self.renders.draw(batch.start, batch.count)
+        blur, noise = (randint_for(batch.keys(self.seed, 3, part), 101).view(-1, 1, 1, 1) / 100 for part in (0, 1))
         blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-        mix = 0.5 * (randint_for(keys, 2).view(-1, 1, 1, 1) * strength / 0.08)
-        pictures = (1 - mix) * pictures + mix * blurred + strength * randn_for(keys, pictures.shape[1:])
-        logits = model(pictures.to(device))
-        return {name: F.cross_entropy(values, truth[name].to(device)) for name, values in logits.items()}
+        pictures = torch.lerp(pictures, blurred, torch.clamp(blur - 0.5, min=0))  # half of them not at all
+        pictures = pictures + 0.08 * noise * randn_for(batch.keys(self.seed, 3, 2), pictures.shape[1:])
+        logits = model(pictures.to(batch.device))
+        return {name: F.cross_entropy(values, truth[name].to(batch.device)) for name, values in logits.items()}
 
 
 class DenoiserObjective:
@@ -144,17 +161,12 @@ class DenoiserObjective:
 
     def losses(self, model: nn.Module, step: int, shard: Shard) -> Mapping[str, torch.Tensor]:
         """See `sfumato.trainer.Objective`."""
-        device = next(model.parameters()).device
-        span = shard.of(self.batch_size)
-        start = step * self.batch_size + span.start
-        index = torch.from_numpy(permuted_indices(self.seed + 7, len(self.latents), start, len(span)))
-        keys = [(self.seed, 4, start + k) for k in range(len(span))]
-        latents = self.latents[index].float().to(device)
+        batch = Batch(model, step, shard, self.batch_size)
+        index, keys = batch.choose(self.seed + 7, len(self.latents)), batch.keys(self.seed, 4)
+        latents = self.latents[index].float().to(batch.device)
         captions = [random_caption(self.truth, int(i), rng_for(*key)) for i, key in zip(index, keys, strict=True)]
-        noise = randn_for(keys, latents.shape[1:]).to(device)
-        timesteps = randint_for([(*key, 1) for key in keys], self.scheduler.config.num_train_timesteps).to(device)
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        tokens = networks.tokenize(self.tokenizer, captions).to(device)
+        noisy, noise, timesteps = add_noise(self.scheduler, latents, keys)
+        tokens = networks.tokenize(self.tokenizer, captions).to(batch.device)
         return {"mse": F.mse_loss(model(noisy, timesteps, tokens), noise)}
 
 
@@ -168,18 +180,22 @@ class PixelObjective:
 
     def losses(self, model: nn.Module, step: int, shard: Shard) -> Mapping[str, torch.Tensor]:
         """See `sfumato.trainer.Objective`."""
-        device = next(model.parameters()).device
-        span = shard.of(self.batch_size)
-        start = step * self.batch_size + span.start
-        index = torch.from_numpy(permuted_indices(self.seed + 11, len(self.images), start, len(span)))
-        keys = [(self.seed, 5, start + k) for k in range(len(span))]
-        images = self.images[index].to(device)
-        null = len(atelier.GARMENTS)
-        labels = torch.where(randint_for([(*key, 2) for key in keys], 10) == 0, null, self.labels[index]).to(device)
-        noise = randn_for(keys, images.shape[1:]).to(device)
-        timesteps = randint_for([(*key, 1) for key in keys], self.scheduler.config.num_train_timesteps).to(device)
-        noisy = self.scheduler.add_noise(images, noise, timesteps)
+        batch = Batch(model, step, shard, self.batch_size)
+        index, keys = batch.choose(self.seed + 11, len(self.images)), batch.keys(self.seed, 5)
+        noisy, noise, timesteps = add_noise(self.scheduler, self.images[index].to(batch.device), keys)
+        dropped = randint_for([(*key, 2) for key in keys], 10) == 0
+        labels = torch.where(dropped, len(atelier.GARMENTS), self.labels[index]).to(batch.device)
         return {"mse": F.mse_loss(model(noisy, timesteps, class_labels=labels).sample, noise)}
+
+
+def add_noise(
+    scheduler: DDIMScheduler | DDPMScheduler, clean: torch.Tensor, keys: list[tuple[int, ...]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noise samples ``(B, ...)`` to random times; returns them, the noise of the same shape, and times ``(B,)``."""
+    noise = randn_for(keys, clean.shape[1:]).to(clean.device)
+    high = scheduler.config.num_train_timesteps
+    timesteps = randint_for([(*key, 1) for key in keys], high).to(clean.device)
+    return scheduler.add_noise(clean, noise, timesteps), noise, timesteps
 
 
 def random_caption(truth: Mapping[str, torch.Tensor], index: int, rng: np.random.Generator) -> str:

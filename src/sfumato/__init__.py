@@ -13,7 +13,7 @@ _HOMES = {
     "Concept": "sfumato.concepts",
     "Judge": "sfumato.evaluation.judge",
     "TimeShiftScheduler": "sfumato.schedulers.scheduling_time_shift",
-    "load": "sfumato.families",
+    "load": "sfumato.loading",
     "unlearn": "sfumato.unlearning.core",
 }
 
@@ -22,7 +22,7 @@ __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
 if TYPE_CHECKING:
     from sfumato.concepts import Concept as Concept
     from sfumato.evaluation.judge import Judge as Judge
-    from sfumato.families import load as load
+    from sfumato.loading import load as load
     from sfumato.pipelines.pipeline_class_conditional import ClassConditionalPipeline as ClassConditionalPipeline
     from sfumato.schedulers.scheduling_time_shift import TimeShiftScheduler as TimeShiftScheduler
     from sfumato.unlearning.core import unlearn as unlearn

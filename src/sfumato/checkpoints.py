@@ -65,7 +65,7 @@ def _brief(value: Any) -> str:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is missing or damaged ({error}); delete {path.parent} to fall back.") from error
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
+from sfumato import storage
+
 __all__ = ["Concept", "Vocabulary", "resolve", "vocabulary_of"]
 
 VOCABULARY_FILE = "concepts.json"
@@ -84,14 +86,20 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
-        """Read a ``concepts.json``."""
-        stored = json.loads(Path(path).read_text())
-        return cls(
-            name=stored["name"],
-            domains={domain: tuple(words) for domain, words in stored["domains"].items()},
-            synonyms=stored["synonyms"],
-            templates={key: tuple(wordings) for key, wordings in stored["templates"].items()},
-        )
+        """Read a ``concepts.json``; ValueError, naming it, if it is damaged."""
+        stored = storage.read_json(path)
+        try:
+            return cls(
+                name=stored["name"],
+                domains={domain: tuple(words) for domain, words in stored["domains"].items()},
+                synonyms=stored["synonyms"],
+                templates={key: tuple(wordings) for key, wordings in stored["templates"].items()},
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({type(error).__name__}: {error}): a vocabulary has a name, domains, synonyms and "
+                "templates. Fetch it again, or remove it to name concepts in free words."
+            ) from error
 
     def as_json(self) -> str:
         """Give the content of ``concepts.json``."""

@@ -6,9 +6,11 @@ Draw every prompt of the protocol, unlearn, draw the same prompts from the same 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -22,12 +24,13 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
-from sfumato import concepts, families, storage
+from sfumato import concepts, loading, storage
 from sfumato.evaluation import report as page
 from sfumato.evaluation.generation import draw
 from sfumato.evaluation.judge import Judge
 from sfumato.evaluation.unlearning import Protocol, UnlearningScores, score_pipeline
 from sfumato.schedulers.scheduling_time_shift import TimeShiftScheduler
+from sfumato.settings import check_types
 from sfumato.unlearning.core import peak_memory_mb
 
 __all__ = ["DemoConfig", "run_demo"]
@@ -61,6 +64,7 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         """Check the numbers before the long work."""
+        check_types(self)
         for name in ("forget_repeats", "retain_repeats", "num_inference_steps", "training_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -81,18 +85,18 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     Raises:
         FileExistsError: If the output folder holds something that is not an earlier demo.
         ValueError: If the concept is unknown.
-        RuntimeError: If the unlearning job fails.
+        RuntimeError: If the unlearning job fails, with the job's own sentence.
     """
     began = time.perf_counter()
     output = _check_output(Path(config.output))
-    pipe = families.load("atelier")
+    pipe = loading.load("atelier")
     vocabulary = concepts.vocabulary_of(pipe)
     assert vocabulary is not None  # atelier ships with one
     concepts.resolve(pipe, config.forget)
     protocol = Protocol.for_concept(
         vocabulary, config.forget, forget_repeats=config.forget_repeats, retain_repeats=config.retain_repeats
     )
-    judge = Judge.load(families.assets_folder() / "judge")
+    judge = Judge.load(loading.assets_folder() / "judge")
     drawing = {"seed": config.seed, "num_inference_steps": config.num_inference_steps, "guidance_scale": GUIDANCE}
     seconds: dict[str, float] = {}
     with storage.atomic_directory(output) as folder:
@@ -171,14 +175,33 @@ def _launch(config: DemoConfig, output: Path) -> None:
     ]  # fmt: skip
     if config.training_steps is not None:
         command += ["--steps", str(config.training_steps)]
-    status = subprocess.run(command, check=False).returncode
+    status, said = _run_job(command)
     if status:
-        raise RuntimeError(f"The unlearning job failed with status {status}; its own message stands above.")
+        raise RuntimeError(said or f"The unlearning job failed with status {status}; what it printed stands above.")
+
+
+def _run_job(command: Sequence[str]) -> tuple[int, str]:
+    """Run a job, showing what it prints but its error, which is given back with the status: to be said only once."""
+    terminal = shutil.get_terminal_size()  # a pipe has none, and progress bars would shrink
+    environment = {**os.environ, "COLUMNS": str(terminal.columns), "LINES": str(terminal.lines)}
+    said = ""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as process:
+        try:
+            for line in io.TextIOWrapper(process.stderr, errors="replace", newline=""):  # type: ignore[type-var]
+                if line.startswith("error: "):
+                    said = line.removeprefix("error: ").strip()
+                else:
+                    sys.stderr.write(line)
+                    sys.stderr.flush()
+        except BaseException:
+            process.kill()
+            raise
+    return process.returncode, said
 
 
 def _samplers_in_pixel_space(garments: Sequence[str], seed: int) -> page.GridSection:
     """Draw with DDIM and with TimeShiftScheduler from the same noise, on the class-conditional pixel model."""
-    pixel = families.load("atelier-pixel")
+    pixel = loading.load("atelier-pixel")
     pixel.set_progress_bar_config(disable=True)
     labels, copies = list(range(len(garments))), 3
 
@@ -350,7 +373,7 @@ def _contact_sheet(pairs: list[page.GridSection]) -> Image.Image:
 def _facts(
     config: DemoConfig, seconds: Mapping[str, float], results: Mapping[str, Any], manifest: Mapping[str, Any]
 ) -> dict[str, str]:
-    weights = sum(file.stat().st_size for file in families.assets_folder().rglob("*.safetensors"))
+    weights = sum(file.stat().st_size for file in loading.assets_folder().rglob("*.safetensors"))
     settings = manifest["settings"]
     return {
         "Time": f"{seconds['total']:.0f} s in all; unlearning {seconds['unlearning']:.0f} s, drawing "

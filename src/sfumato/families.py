@@ -7,83 +7,106 @@ drawn. Everything else in the library asks a family and never looks into a pipel
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
-from sfumato import storage
-
-__all__ = ["EMBEDDED", "Conditioning", "StableDiffusion", "assets_folder", "family_of", "load"]
+__all__ = [
+    "Conditioning",
+    "LatentSpace",
+    "StableDiffusion",
+    "family_of",
+    "latent_space_of",
+]
 
 Conditioning = dict[str, torch.Tensor]
 """Keyword arguments of a denoiser, each with the batch first."""
 
-EMBEDDED = ("atelier", "atelier-pixel")
 
-
-def assets_folder() -> Path:
-    """Give the folder of the models and pictures that ship with the package."""
-    return Path(__file__).parent / "assets"
-
-
-def load(pretrained_model_name_or_path: str | Path = "atelier", **kwargs: Any) -> DiffusionPipeline:
-    """Load a pipeline: an embedded model by name, a local folder, or a Hub id.
+class LatentSpace:
+    """Between pictures and the latents that a text-to-image pipeline takes and gives, whatever its denoiser.
 
     Args:
-        pretrained_model_name_or_path: ``"atelier"`` (text to picture, 32x32), ``"atelier-pixel"`` (class-conditional
-            pixel DDPM, 16x16), a folder written by ``save_pretrained``, or an id on the Hugging Face Hub.
-        **kwargs: Passed on to ``DiffusionPipeline.from_pretrained``; ``dtype`` is float32 unless given.
-
-    Returns:
-        The pipeline, on the CPU.
-
-    Raises:
-        FileNotFoundError: If it looks like a local folder and is none, or the Hub can't be reached.
-        ValueError: If a weights file in the folder is corrupt or cut short.
+        pipe: A pipeline with an `AutoencoderKL`; it is read, never changed.
     """
-    name = str(pretrained_model_name_or_path)
-    if not name.strip():
-        raise ValueError("The model's name is empty: give 'atelier', a local folder or a Hub id.")
-    folder = assets_folder() / name if name in EMBEDDED else Path(name)
-    if folder.is_dir():
-        _check_folder(folder)
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"There is no model folder {name}.")
-    if name == "atelier-pixel":
-        from sfumato.pipelines.pipeline_class_conditional import ClassConditionalPipeline
 
-        return ClassConditionalPipeline.from_pretrained(folder, **{"dtype": torch.float32, **kwargs})
-    try:
-        return DiffusionPipeline.from_pretrained(
-            folder if folder.is_dir() else name, **{"dtype": torch.float32, **kwargs}
-        )
-    except OSError as error:
-        if folder.is_dir():
-            raise
-        close = difflib.get_close_matches(name, EMBEDDED, n=1)
-        hint = f"Did you mean {close[0]!r}? " if close else ""
-        raise FileNotFoundError(
-            f"{name!r} is neither an embedded model ({', '.join(EMBEDDED)}), nor a folder here, nor could it be had "
-            f"from the Hub. {hint}({error})"
-        ) from error
+    def __init__(self, pipe: DiffusionPipeline) -> None:
+        self.pipe, self.vae = pipe, pipe.vae
+        denoiser = getattr(pipe, "transformer", None) or pipe.unet
+        self.dtype: torch.dtype = denoiser.dtype
+        self.device: torch.device = denoiser.device
+
+    def preprocess(self, image: Any) -> torch.Tensor:
+        """Give pictures ``(B, 3, H, W)`` in [0, 1], float32, of a size that the autoencoder can take.
+
+        Args:
+            image: A PIL picture, a list of them of one size, or a tensor ``(B, 3, H, W)`` in [0, 1].
+        """
+        if isinstance(image, torch.Tensor) and (image.ndim != 4 or image.min() < 0 or image.max() > 1):
+            raise ValueError(
+                f"Pictures must be PIL, or a tensor (B, 3, H, W) in [0, 1]; got shape {tuple(image.shape)}, values in "
+                f"[{image.min():.3g}, {image.max():.3g}]."
+            )
+        images = self.pipe.image_processor.preprocess(image).float()  # (B, 3, H, W) in [-1, 1]
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode pictures ``(B, 3, H, W)`` in [0, 1]; returns the posterior's mean and std, ``(B, C, h, w)``."""
+        parameter = next(self.vae.parameters())
+        distribution = self.vae.encode((2 * images - 1).to(parameter)).latent_dist
+        mean, scale = self._statistics(parameter)
+        return (distribution.mean - mean) * scale, distribution.std * scale
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Encode pictures ``(B, 3, H, W)`` in [0, 1] into the pipeline's layout, in the dtype of its denoiser."""
+        return self.posterior(images)[0].to(self.device, self.dtype).contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, size: Sequence[int] | None = None) -> torch.Tensor:
+        """Decode latents in the pipeline's layout.
+
+        Args:
+            latents: What the pipeline takes and gives.
+            size: Height and width of the pictures, where the layout does not tell them (Flux).
+
+        Returns:
+            Pictures ``(B, 3, H, W)`` in [0, 1], float32.
+        """
+        parameter = next(self.vae.parameters())
+        mean, scale = self._statistics(parameter)
+        images = self.vae.decode(latents.to(parameter) / scale + mean).sample
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def _statistics(self, like: torch.Tensor) -> tuple[Any, Any]:
+        """Mean and scale of the autoencoder's own latents, which make model units of them."""
+        config = self.vae.config
+        means, stds = config.get("latents_mean"), config.get("latents_std")
+        if means is not None and stds is not None:
+            mean, std = (torch.tensor(values).to(like).view(1, -1, 1, 1) for values in (means, stds))
+            return mean, config.scaling_factor / std
+        return config.get("shift_factor") or 0.0, config.scaling_factor
 
 
-def _check_folder(folder: Path) -> None:
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a diffusers pipeline: it has no model_index.json.")
-    try:
-        json.loads((folder / "model_index.json").read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{folder / 'model_index.json'} is not valid JSON ({error}); fetch the model again."
-        ) from error
-    for file in sorted(folder.glob("*/*.safetensors")):
-        storage.read_metadata(file)
+class PackedLatentSpace(LatentSpace):
+    """Flux: each 2x2 patch of latents is one token, ``(B, h/2 * w/2, 4 C)``."""
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Give the latents of pictures ``(B, 3, H, W)`` in [0, 1] as tokens ``(B, h/2 * w/2, 4 C)``."""
+        grid = super().encode(images)
+        batch, channels, height, width = grid.shape
+        patches = grid.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        return patches.reshape(batch, height * width // 4, 4 * channels)
+
+    def decode(self, latents: torch.Tensor, size: Sequence[int] | None = None) -> torch.Tensor:
+        """Decode tokens of pictures of a size (height, width); returns pictures ``(B, 3, H, W)`` in [0, 1], float32."""
+        if size is None:
+            raise ValueError("Tokens do not tell the height and width of their picture: give `size`.")
+        rows, columns = (side // (2 * self.pipe.vae_scale_factor) for side in size)
+        patches = latents.view(len(latents), rows, columns, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return super().decode(patches.reshape(len(latents), -1, 2 * rows, 2 * columns))
 
 
 class StableDiffusion:
@@ -134,6 +157,22 @@ class StableDiffusion:
         height, width = (size, size) if isinstance(size, int) else size
         return config.in_channels, height, width
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width, in pixels, of one picture at the model's native size."""
+        scale = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        _, height, width = self.latent_shape
+        return height * scale, width * scale
+
+    def check_dtypes(self) -> None:
+        """Refuse, with a ValueError, a text encoder and a denoiser of different dtypes; the autoencoder's is free."""
+        encoder, denoiser = self.pipe.text_encoder.dtype, self.denoiser.dtype
+        if encoder != denoiser:
+            raise ValueError(
+                f"The text encoder is {encoder} and the {self.denoiser_name} {denoiser}, but they must be the same; "
+                "use pipe.to(torch.float32), or load the whole pipeline with one dtype."
+            )
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts; cut to the text encoder's length as the stock pipeline does.
@@ -183,23 +222,13 @@ class StableDiffusion:
         alphas = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
         return alphas.sqrt().to(like), (1 - alphas).sqrt().to(like)
 
-    @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode pictures ``(B, 3, H, W)`` in [0, 1]; returns the posterior's mean and std in model units."""
-        vae = self.pipe.vae
-        parameter = next(vae.parameters())
-        posterior = vae.encode((2 * images - 1).to(parameter)).latent_dist
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        return (posterior.mean - shift) * vae.config.scaling_factor, posterior.std * vae.config.scaling_factor
+        return LatentSpace(self.pipe).posterior(images)
 
-    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode latents ``(B, C, H, W)`` in model units; returns pictures ``(B, 3, H, W)`` in [0, 1], float32."""
-        vae = self.pipe.vae
-        parameter = next(vae.parameters())
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        images = vae.decode((latents / vae.config.scaling_factor + shift).to(parameter)).sample
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        return LatentSpace(self.pipe).decode(latents)
 
     def generate(
         self,
@@ -290,3 +319,26 @@ def family_of(pipe: DiffusionPipeline) -> StableDiffusion:
     if name not in _FAMILIES:
         raise ValueError(f"{name} is not supported yet; supported pipelines: {', '.join(_FAMILIES)}.")
     return _FAMILIES[name](pipe)
+
+
+_LATENT_SPACES: Mapping[str, type[LatentSpace]] = {
+    "StableDiffusionPipeline": LatentSpace,
+    "StableDiffusionXLPipeline": LatentSpace,
+    "StableDiffusion3Pipeline": LatentSpace,
+    "FluxPipeline": PackedLatentSpace,
+}
+
+
+def latent_space_of(pipe: DiffusionPipeline) -> LatentSpace:
+    """Find how a text-to-image pipeline turns pictures into latents and back.
+
+    Args:
+        pipe: A diffusers pipeline.
+
+    Raises:
+        ValueError: If the pipeline is not supported; the message names those that are.
+    """
+    name = type(pipe).__name__
+    if name not in _LATENT_SPACES:
+        raise ValueError(f"{name} can't be inverted; supported pipelines: {', '.join(_LATENT_SPACES)}.")
+    return _LATENT_SPACES[name](pipe)

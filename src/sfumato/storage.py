@@ -26,8 +26,10 @@ __all__ = [
     "check_output_dir",
     "fingerprint",
     "load_tensors",
+    "read_json",
     "read_metadata",
     "save_tensors",
+    "tensor_names",
     "write_text",
 ]
 
@@ -157,6 +159,34 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     with _opened(path) as file:
         stored = file.metadata() or {}
     return {key: _from_json(value) for key, value in stored.items()}
+
+
+def tensor_names(path: str | Path) -> list[str]:
+    """List the tensors of a safetensors file without reading them; raises as `read_metadata` does."""
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: The file, in UTF-8.
+
+    Returns:
+        Its content.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not valid JSON, or holds no object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch or make it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; fetch or make it again.")
+    return content
 
 
 def _from_json(value: str) -> Any:

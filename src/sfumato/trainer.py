@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from accelerate.utils import ProjectConfiguration
 from tqdm.auto import tqdm
 
 from sfumato import checkpoints, storage
+from sfumato.settings import check_types
 
 __all__ = [
     "MaskedUpdate",
@@ -34,6 +35,8 @@ __all__ = [
     "preflight",
     "train",
 ]
+
+LARGEST_LEARNING_RATE = 1e36  # Adam divides it by 0.1 at first, and float32 ends at 3.4e38
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,14 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Check values that would only fail after the long work has begun."""
+        check_types(self)
         if self.steps < 1:
             raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ValueError(f"`learning_rate` must be a positive number, got {self.learning_rate}.")
+        if not 0 < self.learning_rate <= LARGEST_LEARNING_RATE:
+            raise ValueError(
+                f"`learning_rate` must be a positive number of at most {LARGEST_LEARNING_RATE:g}, beyond which a step "
+                f"overflows float32, got {self.learning_rate}."
+            )
         if self.optimizer not in _OPTIMIZERS:
             raise ValueError(f"`optimizer` must be one of {', '.join(_OPTIMIZERS)}, got {self.optimizer!r}.")
         if self.weight_decay and self.optimizer == "adam":
@@ -135,7 +142,7 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the weights and the last checkpoint are those from before it did."""
+    """The loss, its gradient or a weight became NaN or infinite; no such weights are saved."""
 
 
 class MaskedUpdate:
@@ -196,7 +203,8 @@ def train(
         One row a step: ``step``, ``loss``, each named term, ``learning_rate``, ``seconds`` since the start.
 
     Raises:
-        NonFiniteLossError: If the loss is NaN or infinite. The model keeps its last good weights.
+        NonFiniteLossError: If the loss or its gradient is NaN or infinite at a step, or a weight, or the loss once
+            more, when a checkpoint is due. The weights of every checkpoint that is kept are finite, as is their loss.
         ValueError: If the batch can't be shared equally, or the checkpoint is of another run.
         OSError: If the checkpoints would not fit on the disk.
     """
@@ -237,6 +245,8 @@ def train(
         if accelerator.trackers:
             accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
         due = step + 1 == config.steps or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0)
+        if due:
+            _check_health(wrapped, objective, config, accelerator, step, [*parameters.values(), *average.values()])
         if due and folder is not None and accelerator.is_main_process:
             checkpoints.save(
                 folder, step + 1, identity=run_identity, weights=parameters, optimizer=optimizer, average=average,
@@ -361,23 +371,46 @@ def _step(
     row = {"step": float(step), **dict(zip(sums, means, strict=True)), "learning_rate": config.learning_rate_at(step)}
     if not all(math.isfinite(value) for value in means):
         optimizer.zero_grad()
-        raise NonFiniteLossError(
-            f"The loss became {row['loss']} at step {step}; stopped before it reached the weights. The last "
-            "checkpoint is kept. Try a smaller learning rate, max_grad_norm=1, or mixed_precision='no'."
-        )
+        raise _diverged(f"The loss became {row['loss']} at step {step}")
     limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
     norm = accelerator.clip_grad_norm_(model.parameters(), limit)
     if config.mixed_precision != "fp16" and norm is not None and not math.isfinite(norm):  # fp16's scaler skips these
         optimizer.zero_grad()
-        raise NonFiniteLossError(
-            f"The gradient became {float(norm)} at step {step}; stopped before it reached the weights. The last "
-            "checkpoint is kept. Try a smaller learning rate, or mixed_precision='no'."
-        )
+        raise _diverged(f"The gradient became {float(norm)} at step {step}")
     for group in optimizer.param_groups:
         group["lr"] = row["learning_rate"]
     optimizer.step()
     optimizer.zero_grad()
     return row
+
+
+@torch.no_grad()
+def _check_health(
+    model: torch.nn.Module,
+    objective: Objective,
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    step: int,
+    weights: Sequence[torch.Tensor],
+) -> None:
+    """Refuse weights that are about to be saved if an update has ruined them: they and their loss must be finite."""
+    shards = accelerator.num_processes * config.gradient_accumulation_steps
+    with accelerator.autocast():
+        terms = objective.losses(model, step, Shard(accelerator.process_index, shards))
+    total = torch.stack([term.float() for term in terms.values()]).sum()
+    sound = torch.stack([torch.isfinite(weight).all() for weight in weights]).all()
+    loss, share = accelerator.reduce(torch.stack([total, sound.to(total)]), "mean").tolist()
+    if share < 1:
+        raise _diverged(f"The update of step {step} left weights that are NaN or infinite")
+    if not math.isfinite(loss):
+        raise _diverged(f"The weights of step {step} give a loss of {loss}")
+
+
+def _diverged(what: str) -> NonFiniteLossError:
+    return NonFiniteLossError(
+        f"{what}; stopped, and nothing of it was saved: the last checkpoint, if there is one, is from before. Try a "
+        "smaller learning rate, max_grad_norm=1, or mixed_precision='no'."
+    )
 
 
 def _move_average(

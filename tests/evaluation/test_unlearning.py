@@ -8,7 +8,7 @@ from PIL import Image
 from sfumato.concepts import Vocabulary
 from sfumato.evaluation.judge import Judge
 from sfumato.evaluation.unlearning import Protocol, score
-from sfumato.families import assets_folder
+from sfumato.loading import assets_folder
 
 
 @pytest.fixture(scope="module")

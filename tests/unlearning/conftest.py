@@ -5,7 +5,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sfumato.families import StableDiffusion, assets_folder
+from sfumato.families import StableDiffusion
+from sfumato.loading import assets_folder
 from sfumato.unlearning.examples import Examples
 
 

@@ -13,7 +13,7 @@ import torch
 
 import sfumato
 from sfumato import storage
-from sfumato.families import assets_folder
+from sfumato.loading import assets_folder
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -110,6 +110,15 @@ def test_zero_mask_changes_no_bit_under_weight_decay_and_two_processes(tmp_path)
     found = weights(tmp_path / "out")
     assert set(base) == set(found)
     assert all(torch.equal(base[name], found[name]) for name in base)
+
+
+def test_job_that_diverges_says_so_in_one_sentence_and_writes_no_model(tmp_path):
+    arguments = ["--output", str(tmp_path / "out"), "--forget", "sneaker", *SMALL, "--learning_rate", "1e30"]
+    command = [sys.executable, "-m", "sfumato.training.salun", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert "error: The " in done.stderr and "Traceback" not in done.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"examples", "saliency_mask.safetensors"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import copy
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -130,6 +131,7 @@ def test_masked_out_weights_keep_their_bits_and_the_others_move(tiny_pipe, tmp_p
     assert moved > 0.95 * sum(int(mask.sum()) for mask in masks.values())
     assert provenance["base"] == storage.fingerprint(tiny_pipe.unet.named_parameters())
     assert provenance["forget"] == "a sneaker" and provenance["ratio"] == 0.5
+    assert provenance["versions"] == {name: version(name) for name in ("sfumato", "torch", "diffusers")}
 
 
 def test_given_pipeline_keeps_its_weights_and_shares_its_other_parts(tiny_pipe):
@@ -241,6 +243,10 @@ def test_seed_decides_the_result(tiny_pipe):
         ({"forget_images": "nowhere"}, "no image folder nowhere"),
         ({"recipe": "nothing"}, "no recipe nothing"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"batch_size": "2"}, "`batch_size` must be a whole number, got '2'"),
+        ({"steps": "3"}, "`steps` must be a whole number, got '3'"),
+        ({"example_guidance": float("nan")}, "`example_guidance` must be a finite number, got nan"),
+        ({"learning_rate": 1e38}, "`learning_rate` must be a positive number of at most"),
         ({"gradient_accumulation_steps": 3, "batch_size": 4}, "can't be shared equally"),
     ],
 )
@@ -264,18 +270,18 @@ def test_mask_of_another_base_is_refused(tiny_pipe, tmp_path):
         sfumato.unlearn(tiny_pipe, "a sneaker", mask_path=str(tmp_path / "saliency_mask.safetensors"), **SMALL)
 
 
-def test_loss_that_diverges_stops_the_job_and_keeps_the_checkpoint(tiny_pipe, tmp_path):
-    with pytest.raises(NonFiniteLossError, match="The last checkpoint is kept"):
+@pytest.mark.parametrize("steps", [1, 5])
+def test_run_that_ruins_the_weights_writes_neither_checkpoint_nor_result(tiny_pipe, tmp_path, steps):
+    with pytest.raises(NonFiniteLossError, match="nothing of it was saved"):
         sfumato.unlearn(
             tiny_pipe,
             "a sneaker",
             output_dir=tmp_path,
             checkpoint_every=1,
-            **{**SMALL, "steps": 40, "learning_rate": 1e20},
+            **{**SMALL, "steps": steps, "learning_rate": 1e30},
         )
-    (kept,) = (tmp_path / "checkpoints").iterdir()
-    assert storage.load_tensors(kept / "weights.safetensors")
-    assert not (tmp_path / "model_index.json").exists()
+    assert not list(tmp_path.glob("checkpoints/*"))
+    assert not (tmp_path / "model_index.json").exists() and not (tmp_path / "result").exists()
 
 
 def test_training_moves_the_concept_towards_its_anchor(family, forget, retain):

@@ -28,6 +28,7 @@ from diffusers import DiffusionPipeline
 
 from sfumato import concepts, recipes, storage
 from sfumato.families import StableDiffusion, family_of
+from sfumato.settings import check_types
 from sfumato.trainer import TrainingConfig, make_accelerator, preflight
 from sfumato.unlearning.examples import Examples, draw_examples, read_image_folder
 
@@ -61,6 +62,7 @@ class ExampleConfig:
 
     def __post_init__(self) -> None:
         """Check what would only fail after the long work has begun."""
+        check_types(self)
         for name in ("forget_examples", "retain_examples", "example_steps", "example_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -98,12 +100,14 @@ def unlearn(
         A new pipeline of the same kind, which shares every component with `pipe` but the denoiser.
 
     Raises:
-        ValueError: If the family, method, concept or a setting is unknown, or the sets contradict each other.
+        ValueError: If the family, method, concept or a setting is unknown, the sets contradict each other, or the
+            text encoder and the denoiser have different dtypes.
         FileExistsError: If `output_dir` already holds a result.
-        NonFiniteLossError: If the loss becomes NaN or infinite.
+        NonFiniteLossError: If the loss or a weight becomes NaN or infinite.
     """
     began = time.perf_counter()
     family = family_of(pipe)
+    family.check_dtypes()
     config_class = method_config(method)
     concept = concepts.resolve(pipe, forget, anchor=anchor, retain=retain)
     chosen = {**recipes.settings_for(method, pipe, recipe), **settings}

@@ -144,11 +144,9 @@ def read_image_folder(
     if not files:
         raise FileNotFoundError(f"The image folder {folder} has no pictures ({', '.join(IMAGE_SUFFIXES)}).")
     captions = _captions(folder / "metadata.jsonl")
-    scale = 2 ** (len(family.pipe.vae.config.block_out_channels) - 1)
-    size = tuple(side * scale for side in family.latent_shape[1:])
     means, stds = [], []
     for start in tqdm(range(0, len(files), batch_size), desc=f"encode {folder.name}"):
-        pictures = torch.stack([_read_picture(file, size) for file in files[start : start + batch_size]])
+        pictures = torch.stack([_read_picture(file, family.image_size) for file in files[start : start + batch_size]])
         mean, std = family.encode_images(pictures.to(family.device))
         means.append(mean.float().cpu())
         stds.append(std.float().cpu())
@@ -169,7 +167,7 @@ def _captions(path: Path) -> dict[str, str]:
         ) from error
 
 
-def _read_picture(file: Path, size: tuple[int, ...]) -> torch.Tensor:
+def _read_picture(file: Path, size: tuple[int, int]) -> torch.Tensor:
     """Read one picture as (3, H, W) in [0, 1]: resized to cover `size`, then cropped at the centre."""
     height, width = size
     try:

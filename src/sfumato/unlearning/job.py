@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from sfumato import families, recipes
+from sfumato import loading, recipes
 from sfumato.arguments import make_parser
 from sfumato.trainer import TrainingConfig
 from sfumato.unlearning.core import ExampleConfig, method_config, unlearn
@@ -51,7 +51,7 @@ def main(method: str, arguments: Sequence[str] | None = None) -> None:
     )
     try:
         early = parser.parse_known_args(arguments)[0]
-        pipe = families.load(early.model)
+        pipe = loading.load(early.model)
         parser.set_defaults(**recipes.settings_for(method, pipe, early.recipe))
         job, *configs = parser.parse_args_into_dataclasses(arguments)
         settings = {name: value for config in configs for name, value in asdict(config).items()}

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from tqdm.auto import tqdm
 from sfumato.concepts import Concept
 from sfumato.families import StableDiffusion
 from sfumato.randomness import permuted_indices, randint_for, randn_for
+from sfumato.settings import check_types
 from sfumato.trainer import Shard, TrainingConfig, train
 from sfumato.unlearning.examples import Examples, PromptTable
 from sfumato.unlearning.saliency import load_mask, mask_density, save_mask, top_mask
@@ -67,7 +69,8 @@ class SalUnConfig:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the types and ranges."""
+        check_types(self)
         if not 0 <= self.mask_ratio <= 1:
             raise ValueError(f"`mask_ratio` must lie in [0, 1], got {self.mask_ratio}.")
         if self.retain_weight < 0:
@@ -254,6 +257,7 @@ def _find_mask(
         provenance = {
             **identity, **facts, "ratio": config.mask_ratio, "guidance": config.mask_guidance, "seed": seed,
             "examples": len(forget), "accumulate": "signed",
+            "versions": {name: version(name) for name in ("sfumato", "torch", "diffusers")},
         }  # fmt: skip
         save_mask(output_dir / "saliency_mask.safetensors", masks, provenance)
     return masks, facts

@@ -1,0 +1,130 @@
+"""Loading models: the embedded ones by name, local folders, the Hub; damaged folders are refused with the file's name.
+
+diffusers and transformers answer weights that do not fit with random ones and a warning, and a damaged file with a
+message that does not name it; a folder is therefore looked through before and after they read it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+
+from sfumato import storage
+
+__all__ = ["EMBEDDED", "assets_folder", "load"]
+
+EMBEDDED = ("atelier", "atelier-pixel")
+
+_NEEDED_KEYS = {"model_index.json": "_class_name", "tokenizer.json": "model"}
+_WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors")
+
+
+def assets_folder() -> Path:
+    """Give the folder of the models and pictures that ship with the package."""
+    return Path(__file__).parent / "assets"
+
+
+def load(pretrained_model_name_or_path: str | Path = "atelier", **kwargs: Any) -> DiffusionPipeline:
+    """Load a pipeline: an embedded model by name, a local folder, or a Hub id.
+
+    Args:
+        pretrained_model_name_or_path: ``"atelier"`` (text to picture, 32x32), ``"atelier-pixel"`` (class-conditional
+            pixel DDPM, 16x16), a folder written by ``save_pretrained``, or an id on the Hugging Face Hub.
+        **kwargs: Passed on to ``DiffusionPipeline.from_pretrained``; ``dtype`` is float32 unless given.
+
+    Returns:
+        The pipeline, on the CPU.
+
+    Raises:
+        FileNotFoundError: If it looks like a local folder and is none, or the Hub can't be reached.
+        ValueError: If a file in the folder is damaged, or the weights of a part are those of another.
+    """
+    name = str(pretrained_model_name_or_path)
+    if not name.strip():
+        raise ValueError("The model's name is empty: give 'atelier', a local folder or a Hub id.")
+    folder = assets_folder() / name if name in EMBEDDED else Path(name)
+    kwargs = {"dtype": torch.float32, **kwargs}
+    if name == "atelier-pixel":
+        from sfumato.pipelines.pipeline_class_conditional import ClassConditionalPipeline
+
+        return _load_folder(folder, ClassConditionalPipeline, kwargs)
+    if folder.is_dir():
+        return _load_folder(folder, DiffusionPipeline, kwargs)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"There is no model folder {name}.")
+    try:
+        return DiffusionPipeline.from_pretrained(name, **kwargs)
+    except OSError as error:
+        close = difflib.get_close_matches(name, EMBEDDED, n=1)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        raise FileNotFoundError(
+            f"{name!r} is neither an embedded model ({', '.join(EMBEDDED)}), nor a folder here, nor could it be had "
+            f"from the Hub. {hint}({error})"
+        ) from error
+
+
+def _load_folder(folder: Path, pipeline_class: Any, kwargs: Mapping[str, Any]) -> DiffusionPipeline:
+    _check_files(folder)
+    try:
+        pipe = pipeline_class.from_pretrained(folder, **kwargs)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # parts that do not fit together make transformers and tokenizers raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"The model in {folder} can't be loaded ({reason}); mend it or fetch it again.") from error
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and name not in kwargs:
+            _check_weights(folder / name, part, kwargs.get("variant"))
+    return pipe
+
+
+def _check_files(folder: Path) -> None:
+    """Name a damaged file before anything is built: the libraries below report it without its name, or late."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} is not a diffusers pipeline: it has no model_index.json.")
+    parts = [folder / name for name in storage.read_json(index) if (folder / name).is_dir()]
+    for file in (index, *(file for part in parts for file in sorted(part.glob("*.json")))):
+        needed = _NEEDED_KEYS.get(file.name)
+        if needed not in (None, *storage.read_json(file)):
+            raise ValueError(f"{file} is damaged: it has no {needed!r}; fetch the model again.")
+    for file in (file for part in parts for file in sorted(part.glob("*.safetensors"))):
+        storage.read_metadata(file)
+
+
+def _check_weights(folder: Path, module: torch.nn.Module, variant: str | None) -> None:
+    """Refuse the weights of another module, which the loaders answer with random ones and a mere warning."""
+    files = _weight_files(folder, variant)
+    stored = {name for file in files for name in storage.tensor_names(file)}
+    own = [name for name, _ in module.named_parameters()]
+    if isinstance(module, ModelMixin):
+        missing = [name for name in own if name not in stored and _old_name(name) not in stored]
+    else:  # transformers ties and renames weights on loading, so only names that have nothing in common tell
+        common = any(f".{a}".endswith(f".{b}") or f".{b}".endswith(f".{a}") for a in own for b in stored)
+        missing = [] if common else own
+    if files and missing:
+        raise ValueError(
+            f"{files[0]} lacks {len(missing)} of the {len(own)} weights of {type(module).__name__} ({missing[0]}, "
+            "...): it is incomplete or belongs to another part; fetch the model again."
+        )
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """Find the file, or the shards, that a part is read from; those of the variant if it has any."""
+    names = {file: file.name for file in sorted(folder.glob("*.safetensors"))}
+    special = {file: name.replace(f".{variant}", "", 1) for file, name in names.items() if f".{variant}" in name}
+    found = ([file for file in choice if _WEIGHTS.fullmatch(choice[file])] for choice in (special, names))
+    return next(filter(None, found), [])
+
+
+def _old_name(name: str) -> str:
+    """Give the name that a weight of an attention block had before diffusers 0.12; its loader still reads it."""
+    for new, old in ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")):
+        name = name.replace(new, old)
+    return name

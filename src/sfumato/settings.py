@@ -1,0 +1,48 @@
+"""Settings: config dataclasses that refuse a value of the wrong type in one sentence, before any long work."""
+
+from __future__ import annotations
+
+import math
+import os
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+__all__ = ["check_types"]
+
+_KINDS: dict[type, tuple[Any, str]] = {
+    bool: (bool, "True or False"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a finite number"),
+    str: ((str, os.PathLike), "text"),
+}
+
+
+def check_types(config: Any) -> None:
+    """Check the fields of a config against their annotations, for its ``__post_init__``.
+
+    Numbers of numpy and paths become plain numbers and strings, so that JSON can hold them. Only fields that are
+    declared as bool, int, float or str, or one of these or None, are looked at.
+
+    Args:
+        config: A dataclass instance that is not frozen.
+
+    Raises:
+        ValueError: If a value is of another type than its field, or a number is NaN or infinite.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        kind = next((choice for choice in choices if choice in _KINDS), None)
+        if kind is not None and not (value is None and type(None) in choices):
+            setattr(config, name, _checked(name, value, kind))
+
+
+def _checked(name: str, value: Any, kind: type) -> Any:
+    accepted, words = _KINDS[kind]
+    fits = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
+    if not fits or (kind is float and not math.isfinite(value)):
+        quoted = "; write it without quotes" + (", and in YAML with a point, as in 1.0e-5" if kind is float else "")
+        hint = quoted if isinstance(value, str) else ""
+        raise ValueError(f"`{name}` must be {words}, got {value!r}{hint}.")
+    return os.fspath(value) if kind is str else kind(value)
