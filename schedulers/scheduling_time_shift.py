@@ -1,4 +1,4 @@
-"""Time-shift sampler: DDIM and DDPM steps taken at the time that the sample's own variance tells.
+"""Time-shift sampler: steps taken at the time that the sample's own variance tells.
 
 Li, Qu, Yao, Sun, Moens, "Alleviating Exposure Bias in Diffusion Models through Sampling with Shifted Time Steps",
 ICLR 2024, arXiv 2305.15583. A sampled state x is not distributed as the noised images of training are; its variance
@@ -19,7 +19,7 @@ shifts stop once the variance is known to carry no signal. Their grids and final
 offset, window near time 0 and lack of choice at cutoff 0, come with `released=True`.
 """
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,20 +31,60 @@ from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .multistep_solvers import (
+    WARM_UPS,
+    History,
+    Level,
+    OpenStep,
+    adjusted,
+    check_run,
+    checked_eta,
+    dpm_times,
+    evaluation_times,
+    level_at,
+    move,
+    predictions,
+    transfer,
+)
+from .noise_schedule import (
+    BETA_SCHEDULES,
+    PREDICTION_TYPES,
+    SPACINGS,
+    check_choices,
+    checked_times,
+    entry_of,
+    noise_schedule,
+    require_betas,
+    spaced_times,
+    state_dtype,
+)
+from .shifted_times import (
+    ADVICE,
+    MISSED,
+    best_times,
+    check_shifts,
+    data_variance,
+    hook_denoiser,
+    known_silent,
+    least_alpha,
+    may_shift,
+    mean_time,
+    released_times,
+    slope_of,
+    unhook_denoiser,
+    unit_slopes,
+    variance_bounds,
+)
+
 logger = logging.get_logger(__name__)
 
 _ALLOWED = {
-    "mode": ("paper", "pnm", "adm"),
-    "solver": ("ddim", "ddpm"),
-    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "prediction_type": ("epsilon", "sample", "v_prediction"),
-    "timestep_spacing": ("leading", "linspace", "trailing"),
+    "mode": ("paper", "pnm", "adm", "pndm"),
+    "solver": ("ddim", "ddpm", "s_pndm", "f_pndm", "dpmsolver++"),
+    "beta_schedule": BETA_SCHEDULES,
+    "prediction_type": PREDICTION_TYPES,
+    "timestep_spacing": SPACINGS,
 }
-_ADVICE = (
-    "data of unit variance keeps its variance whatever noise is mixed in, so it cannot tell the time. Use this sampler"
-    " in pixel space, where the data variance is well below 1, and another one on the latents of Stable Diffusion"
-    " (`data_variance=1.0` keeps to the nominal times from the start)."
-)
 
 
 @dataclass
@@ -52,10 +92,10 @@ class TimeShiftSchedulerOutput(BaseOutput):
     """Output of [`TimeShiftScheduler.step`].
 
     Args:
-        prev_sample (`torch.Tensor` of shape `(batch, channels, height, width)`): The sample to feed to the next step.
+        prev_sample (`torch.Tensor` of shape `(batch, channels, height, width)`): The sample to give to the model next.
         pred_original_sample (`torch.Tensor` of the same shape): The predicted clean sample x0, after clipping.
         shifted_timesteps (`torch.Tensor` of shape `(batch,)`, int64): The time chosen for each sample: in modes
-            `"paper"` and `"pnm"` that of `prev_sample`, -1 where it is clean; in mode `"adm"` that of `sample`.
+            `"paper"` and `"pnm"` that of the end of the step, -1 where it is clean; in mode `"adm"` that of `sample`.
     """
 
     prev_sample: Tensor
@@ -84,9 +124,13 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr (`bool`): Rescale the betas to A[T - 1] = 0 (arXiv 2305.08891).
         mode (`str`): `"paper"` shifts the time that the network sees next, one for the whole batch (as pipelines have
             it): the one with the least squared mismatch summed over the batch. `"pnm"` and `"adm"` shift the target
-            of the update, sample by sample, but not in the first step; the network sees the nominal times.
+            of the update, sample by sample, but not in the first step; the network sees the nominal times. `"pndm"`
+            shifts nothing: with `released=True`, which it needs, it is the program of PNDM itself.
         solver (`str`): `"ddim"`: noise as the `eta` of `step` says. `"ddpm"`: the same, but eta is 1 where it is given
-            as 0, which is what stock pipelines pass when their caller says nothing.
+            as 0, which is what stock pipelines pass when their caller says nothing. `"s_pndm"`, `"f_pndm"`: pseudo
+            linear multistep of order 2 and 4 (arXiv 2202.09778), which evaluate the model twice in the first step
+            (improved Euler), four times in each of the first three (Runge-Kutta). `"dpmsolver++"`: 2M, as
+            [`DPMSolverMultistepScheduler`] has it by default, with its spacing of times (arXiv 2211.01095).
         window (`int`): Width of the search in training steps, `window // 2` to either side; 0 and 1: no shift.
         cutoff (`int`, *optional*): Shift only while the nominal time of the step (`"pnm"`: of its target) is above it;
             None: 3/10 of T. T - 1 or more: no shift.
@@ -94,16 +138,24 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
             criterion ([`~TimeShiftScheduler.estimate_data_variance`]); at 0.95 or more nothing is shifted. None: the
             published criterion, the corrected one for s^2 = 0 (too late a time for real images), with a guard: s^2
             is estimated during the run and shifts stop once it is found to be near 1. 0.0: without the guard.
-        released (`bool`): Follow the program behind mode `"pnm"` or `"adm"` in place of `timestep_spacing`,
-            `steps_offset` and `set_alpha_to_one`. `"pnm"`: times 1, 1 + T // N, ... without the largest (N = 10: 801,
-            701, ..., 1), final A[0]. `"adm"`: N times 0, d, 2d, ..., d the smallest stride that gives exactly N, final
-            A = 1, v(tau) = A[T - 1 - tau], target s - T // (N - 1) - 1, eps recomputed from the clipped x0.
-            `clip_sample` stays yours; pnm has none.
+        released (`bool`): Follow the program behind mode `"pnm"`, `"adm"` or `"pndm"` in place of `timestep_spacing`,
+            `steps_offset` and `set_alpha_to_one`, on its own grid (`released_times` in `shifted_times.py`). `"pnm"`:
+            final A[0]. `"adm"`: final A = 1, v(tau) = A[T - 1 - tau], target s - T // (N - 1) - 1, eps recomputed from
+            the clipped x0. `"pndm"` (commit e771949): the state at time t has A[t + 1], final A[0]. `clip_sample`
+            stays yours; pnm and pndm have none.
+        epsilon_scale, epsilon_scale_slope (`float`): Divide eps by `epsilon_scale + epsilon_scale_slope * i` in step
+            i = 0, 1, ... (0: the noisiest), after converting the prediction and before clipping (arXiv 2308.15321; its
+            scales are a little above 1). With `window=0` it is the pure method.
+
+    Warm-up steps appear in `timesteps` once for each evaluation (see `multistep_solvers.py`). Samples of a batch share
+    the shift of a Runge-Kutta step, since the network sees the times between, unless
+    [`~TimeShiftScheduler.shift_per_sample`] is on.
 
     Attributes:
         shifted_timesteps (list of `torch.Tensor`): The last run's times as in `step`'s output, one `(batch,)` a step.
-        estimated_data_variance (scalar `torch.Tensor` or None): s^2 as the network saw it last, where it is estimated.
-        step_index, begin_index (`int` or None): Index in `timesteps` of the next step, of the first one.
+        sample_timesteps (`torch.Tensor` of shape `(batch,)`, or None): Times that the network has to see next, where
+            `shift_per_sample` is on and they are not the entry of `timesteps` for every sample.
+        step_index, begin_index (`int` or None): Index in `timesteps` of the next evaluation, of the first one.
 
     Raises:
         ValueError: For a value outside what is listed above.
@@ -130,89 +182,39 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
         sample_max_value: float = 1.0,
         timestep_spacing: Literal["leading", "linspace", "trailing"] = "leading",
         rescale_betas_zero_snr: bool = False,
-        mode: Literal["paper", "pnm", "adm"] = "paper",
-        solver: Literal["ddim", "ddpm"] = "ddim",
+        mode: Literal["paper", "pnm", "adm", "pndm"] = "paper",
+        solver: Literal["ddim", "ddpm", "s_pndm", "f_pndm", "dpmsolver++"] = "ddim",
         window: int = 20,
         cutoff: int | None = None,
         data_variance: float | None = None,
         released: bool = False,
+        epsilon_scale: float = 1.0,
+        epsilon_scale_slope: float = 0.0,
     ) -> None:
-        self._check_config()
-        self.betas, self.alphas_cumprod = self._noise_schedule()  # (T,) each, float64 on the CPU
+        check_choices(self.config, **_ALLOWED)
+        check_shifts(self.config)
+        self.betas, self.alphas_cumprod = noise_schedule(self.config)  # (T,) each, float64 on the CPU
+        self._offset = 1 if self.config.mode == "pndm" else 0  # how far beyond a time its A lies in the table
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, device="cpu")
         self._warned: set[str] = set()
-        self._reset(self.timesteps.tolist(), self.timesteps.device)
+        self._per_sample: list[Any] = []  # what `shift_per_sample` has switched on
+        self._reset([0], self.timesteps.device)
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As in [`ConfigMixin`], but raises a ValueError for a flow-matching config, whose model has no betas."""
-        if isinstance(config, dict):
-            name = str(config.get("_class_name", ""))
-            foreign = {"shift", "use_dynamic_shifting", "sigma_data"} & set(config) or name.startswith(
-                ("FlowMatch", "EDM")
-            )
-            no_betas = "beta_start" not in config and foreign
-            if no_betas or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
-                raise ValueError(
-                    f"{cls.__name__} needs a schedule of betas (epsilon, sample or v prediction), got a flow-matching"
-                    f" config or EDM's ({name or 'unnamed'}): keep the scheduler that came with the model."
-                )
+        require_betas(cls, config)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
-
-    def _check_config(self) -> None:
-        config = self.config
-        for name, allowed in _ALLOWED.items():
-            if config[name] not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {config[name]!r}.")
-        if not isinstance(config.window, int) or config.window < 0:
-            raise ValueError(f"`window` must be a whole number of training steps >= 0, got {config.window!r}.")
-        if config.cutoff is not None and not 0 <= config.cutoff <= config.num_train_timesteps:
-            limit = f"[0, {config.num_train_timesteps}] (`num_train_timesteps`)"
-            raise ValueError(f"`cutoff` must lie in {limit} or be None, got {config.cutoff!r}.")
-        if config.data_variance is not None and not config.data_variance >= 0:
-            raise ValueError(f"`data_variance` must be >= 0 or None, got {config.data_variance!r}.")
-        if config.released and config.mode == "paper":
-            raise ValueError("`released=True` needs mode 'pnm' or 'adm': no program of the paper's own mode exists.")
-
-    def _noise_schedule(self) -> tuple[Tensor, Tensor]:
-        """Betas and alphas_cumprod, `(T,)` each."""
-        config, count = self.config, self.config.num_train_timesteps
-        if config.trained_betas is not None:
-            betas = np.array(config.trained_betas, dtype=np.float64)
-        elif config.beta_schedule == "linear":
-            betas = np.linspace(config.beta_start, config.beta_end, count)
-        elif config.beta_schedule == "scaled_linear":
-            betas = np.linspace(config.beta_start**0.5, config.beta_end**0.5, count) ** 2
-        else:
-            cosine = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
-            betas = np.minimum(1 - cosine[1:] / cosine[:-1], 0.999)
-        alphas_cumprod = np.cumprod(1 - betas)
-        if config.rescale_betas_zero_snr:
-            root = np.sqrt(alphas_cumprod)
-            alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-            betas = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
-        return torch.from_numpy(betas), torch.from_numpy(alphas_cumprod)
 
     def _grid(self, steps: int) -> list[int]:
         """Times of a run of `steps` steps, falling."""
-        config, count = self.config, self.config.num_train_timesteps
-        if not 1 <= steps <= count:
-            raise ValueError(f"`num_inference_steps` must lie in [1, {count}] (`num_train_timesteps`), got {steps}.")
-        if config.released and config.mode == "pnm":
-            times = np.arange(0, count, count // steps)[:-1] + 1
-        elif config.released:
-            times = np.arange(0, count, -(-count // steps))
-            if len(times) != steps:
-                raise ValueError(f"The released adm grid cannot have {steps} steps; the nearest has {len(times)}.")
-        elif config.timestep_spacing == "leading":
-            times = np.arange(steps) * (count // steps) + config.steps_offset
-        elif config.timestep_spacing == "linspace":
-            times = np.linspace(0, count - 1, steps).round()
-        else:
-            times = np.round(count - np.arange(steps) * (count / steps))[::-1] - 1
-        return times[::-1].tolist()
+        config = self.config
+        times = spaced_times(config, steps)  # which says so if there cannot be that many
+        if config.released:
+            return released_times(config.mode, config.num_train_timesteps, steps)
+        return dpm_times(config, steps) if config.solver == "dpmsolver++" else times
 
     def set_timesteps(
         self,
@@ -223,56 +225,96 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
         """Set the times of the next run and forget the last one; call it before every run, as pipelines do.
 
         Args:
-            num_inference_steps (`int`, *optional*): Number of steps N (`released` pnm drops one of its own).
+            num_inference_steps (`int`, *optional*): Number of steps N (`released` pnm drops one of its own); the
+                warm-up of a solver adds evaluations to them.
             device (`str` or `torch.device`, *optional*): Where `timesteps` lives.
-            timesteps (list of ints or tensor of shape `(steps,)`, *optional*): The times themselves, strictly falling.
+            timesteps (list of ints or tensor of shape `(steps,)`, *optional*): The times of the steps themselves,
+                strictly falling.
 
         Raises:
-            ValueError: If not exactly one of the two is given, or the times do not fit the training schedule.
+            ValueError: If not exactly one of the two is given, or the times do not fit the training schedule, or are
+                too few for the solver's warm-up.
         """
         if (timesteps is None) == (num_inference_steps is None):
             raise ValueError("`set_timesteps` takes either `num_inference_steps` or `timesteps`: pass exactly one.")
         times = self._grid(num_inference_steps or 0) if timesteps is None else torch.as_tensor(timesteps).tolist()
-        if not times or any(time % 1 for time in times) or any(a <= b for a, b in zip(times, times[1:], strict=False)):
-            raise ValueError(f"The times of a run must be whole, fall strictly and be at least one, got {times}.")
-        last = len(self.alphas_cumprod) - 1
-        if times[0] > last or times[-1] < 0:
-            raise ValueError(
-                f"Times must lie in [0, {last}], got {times}: take fewer steps or another `steps_offset`."
-            )
-        times = [int(time) for time in times]
+        times = checked_times(times, len(self.alphas_cumprod) - self._offset)
+        check_run(self.config, times, float(self.alphas_cumprod[times[0] + self._offset]))
+        seen, _ = evaluation_times(self.config.solver, times)
+        dtype = torch.float32 if self.config.solver == "f_pndm" else torch.int64
         self.num_inference_steps = len(times)
-        self.timesteps = torch.tensor(times, dtype=torch.int64, device=device)
+        self.timesteps = torch.tensor(seen, device=device).to(dtype)
         self._reset(times, self.timesteps.device)
-        if self._known_silent():
-            self._warn("given", f"Nothing is shifted at `data_variance` {self.config.data_variance}: {_ADVICE}")
+        if known_silent(self.config):
+            self._warn("given", f"Nothing is shifted at `data_variance` {self.config.data_variance}: {ADVICE}")
 
     def _reset(self, times: list[int], device: torch.device) -> None:
         """Forget the last run: all that `step` remembers is created here."""
         config = self.config
-        clean = config.mode == "adm" if config.released else config.set_alpha_to_one
+        clean = config.mode != "pnm" if config.released else config.set_alpha_to_one
         self._nominal = [*times, -1 if clean else 0]  # on the host; the last entry is the final target, A[-1] := 1
+        _, self._entries = evaluation_times(config.solver, times)  # (step, evaluation in it) of each entry
         self.step_index: int | None = None
         self.begin_index: int | None = None
         self.shifted_timesteps: list[Tensor] = []  # (B,) per step
-        self.estimated_data_variance: Tensor | None = None
+        self._slope: tuple[Tensor, Level] | None = None  # of eps on the sample, which tells s^2, and the level there
         self._silent: Tensor | None = None  # whether the variance is known to carry no signal
         self._off_schedule: Tensor | None = None
+        self._history = History()
+        self.sample_timesteps: Tensor | None = None
         self._place_tables(device)
 
     def _place_tables(self, device: torch.device) -> None:
-        """Put A and v where the samples are, in float64 where the device has it."""
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        alphas = self.alphas_cumprod.cpu()
-        noise = alphas.flip(0) if self.config.released and self.config.mode == "adm" else 1 - alphas
-        expected = noise + (self.config.data_variance or 0.0) * (1 - noise)
-        self._expected = expected.to(dtype).to(device)  # v, (T,)
-        self._alphas = torch.cat([alphas.new_ones(1), alphas]).to(dtype).to(device)  # (T + 1,): entry k is A[k - 1]
+        """Put what is known of A and v where the samples are, in float64 where the device has it."""
+        dtype, alphas = state_dtype(device), self.alphas_cumprod.cpu()
+        self._bounds = variance_bounds(self.config, alphas).to(dtype).to(device)  # (T - 1,)
         self._last_time = int((alphas > 0).sum()) - 1  # no signal is left at A = 0: never shift there
+        if self.config.solver == "dpmsolver++":
+            alphas = alphas.clamp(min=2**-24)  # as in stock, so that lambda is finite
+        alphas = torch.cat([alphas.new_ones(1), alphas])[self._offset :]  # at the times -1, 0, 1, ...
+        levels = torch.stack([alphas, alphas.sqrt(), (1 - alphas).sqrt(), *unit_slopes(alphas)], 1)
+        self._levels = levels.to(dtype).to(device)  # (T + 1, 5)
+        self._host_alphas: list[float] = alphas.tolist()
+        nominal = self._levels[[time + 1 for time in self._nominal]]
+        self._nominal_levels = {t: Level(*row.unbind()) for t, row in zip(self._nominal, nominal, strict=True)}
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start the run at this index of `timesteps`; pipelines that start from a noised image call it."""
         self.begin_index = begin_index
+
+    def shift_per_sample(self, denoiser: torch.nn.Module | None = None) -> Callable[[], None]:
+        """Let every sample of a batch have a time of its own, also where the network sees it: N samples as N runs.
+
+        Pipelines give the network one time for the whole batch. A hook on the denoiser replaces its `timestep` by
+        `sample_timesteps`, `(B,)`, or `(2B,)` under classifier-free guidance; `timesteps` then shows their mean. Mode
+        `"paper"` needs it in every step, `"pnm"` and `"adm"` in the Runge-Kutta steps of `"f_pndm"`.
+
+        Args:
+            denoiser (`torch.nn.Module`, *optional*): The pipeline's `unet` or `transformer`. None: for a loop of your
+                own, which gives the network `sample_timesteps` where it is not None, and `timesteps` otherwise.
+
+        Returns:
+            A function that takes the hook off again. Call it before the denoiser is used with another scheduler.
+
+        Raises:
+            ValueError: If the denoiser takes no `timestep`, or has such a hook already.
+
+        Example:
+            stop = pipe.scheduler.shift_per_sample(pipe.unet)
+            images = pipe(batch_size=8).images
+            stop()
+        """
+        hook = object() if denoiser is None else hook_denoiser(denoiser, self)
+        self._per_sample.append(hook)
+
+        def stop() -> None:
+            if denoiser is not None:
+                unhook_denoiser(denoiser, hook)
+            if hook in self._per_sample:
+                self._per_sample.remove(hook)
+                self.sample_timesteps = None
+
+        return stop
 
     @staticmethod
     def estimate_data_variance(images: Tensor) -> float:
@@ -287,52 +329,33 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
     @property
     def has_signal(self) -> bool:
         """Whether variance may tell the time: False once s^2 is given as or found to be near 1 (reads the device)."""
-        return not self._known_silent() and (self._silent is None or not bool(self._silent))
+        return not known_silent(self.config) and (self._silent is None or not bool(self._silent.all()))
 
-    def _known_silent(self) -> bool:
-        return self.config.data_variance is not None and self.config.data_variance >= 0.95
+    @property
+    def estimated_data_variance(self) -> Tensor | None:
+        """s^2 as the network saw it last: a scalar, or `(batch,)` while `shift_per_sample` is on; None if it did not.
 
-    def _may_shift(self, nominal: int) -> bool:
-        config = self.config
-        cutoff = 3 * config.num_train_timesteps // 10 if config.cutoff is None else config.cutoff
-        return config.window > 1 and nominal > cutoff and not self._known_silent()
-
-    def _released_adm(self) -> bool:
-        return self.config.released and self.config.mode == "adm"
-
-    def _observe(self, x: Tensor, eps: Tensor, alpha: Tensor) -> None:
-        """Estimate s^2, and judge by it whether the criterion means anything; all of it stays on the device.
-
-        A network trained by least squares has E<eps, x> = sqrt(1 - A) n, whatever the data, so the slope of eps on x
-        tells the variance V = sqrt(1 - A) / slope that the network expects at its time, and V = 1 - (1 - s^2) A. The
-        variance of the states would be a poor witness: exposure bias and the solver's own error disturb it (ten steps
-        shrink unit-variance data to 0.7), and its noise is carried along the run, so that steps do not average it out.
-        The same holds for the errors of V, taken as 0.5 % for the network and sqrt(A / n) for the sample: the last
-        estimate, at the largest A, is the best one. Guidance exaggerates s^2, hence the wide upper bound.
+        It is estimated above `cutoff` where no `data_variance` is given: at times at which it can be told to 0.1, and
+        in the last step that may be shifted.
         """
-        alpha = alpha.mean()
-        centred = x - x.flatten(1).mean(1).reshape(-1, *[1] * (x.ndim - 1))
-        slope = (eps * centred).sum() / centred.square().sum()
-        variance = (1 - alpha).sqrt() / slope.clamp(min=0.01)
-        error = (0.005 + (alpha / x.numel()).sqrt()) / alpha
-        self.estimated_data_variance = (variance - 1 + alpha) / alpha
-        self._silent = (error < 0.1) & (self.estimated_data_variance > 0.8) & (self.estimated_data_variance < 2.0)
+        return None if self._slope is None else data_variance(*self._slope)
 
-    def _match(self, x: Tensor, centre: int) -> Tensor:
-        """Time in the window around `centre` whose expected variance fits best, `(B,)`; the earliest of equals."""
-        half = self.config.window // 2
-        low, high = max(centre - half, 0), min(centre + half, self._last_time)
-        if self._released_adm() and self.config.cutoff == 0:
-            low = high = centre  # the program makes no choice there, but applies its offset
-        elif self._released_adm() and centre <= half:
-            low, high = 0, min(self.config.window, self._last_time)
-        mismatch = (x.flatten(1).var(1, keepdim=True) - self._expected[low : high + 1]).square()  # (B, window)
+    def _decides(self, step: int) -> bool:
+        """Whether a step chooses a time by the variance of its samples; in paper mode it is the time after it."""
+        if step + 2 >= len(self._nominal):
+            return False
         if self.config.mode == "paper":
-            mismatch = mismatch.sum(0, keepdim=True).expand_as(mismatch)
-        return self._unless_silent(low + mismatch.argmin(1), centre)
+            return may_shift(self.config, self._nominal[step])
+        centre = self._nominal[step if self.config.mode == "adm" else step + 1]
+        return self.step_index is not None and may_shift(self.config, centre)
+
+    def _match(self, x: Tensor, centre: int, joint: bool) -> Tensor:
+        """Time in the window around `centre` that fits best, `(B,)`, or `(1,)` if `joint`; the earliest of equals."""
+        found = best_times(self.config, x, self._bounds, centre, self._last_time, joint)
+        return self._unless_silent(found, centre)
 
     def _unless_silent(self, shifted: Tensor, nominal: int) -> Tensor:
-        return shifted if self._silent is None else torch.where(self._silent, nominal, shifted)
+        return shifted if self._silent is None else shifted.masked_fill(self._silent, nominal)
 
     def step(
         self,
@@ -347,13 +370,18 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
     ) -> TimeShiftSchedulerOutput | tuple[Tensor, ...]:
         """Take the sample from `timestep` to the next time of the schedule, shifted as the mode says.
 
+        In a warm-up step, which has several entries in `timesteps`, to the state where its next evaluation lies.
+
         Args:
             model_output (`torch.Tensor` of shape `(batch, channels, height, width)`): The model's prediction.
-            timestep (`int` or scalar `torch.Tensor`): The time that the model was given: the entry of
-                `scheduler.timesteps` itself, not a copy, since mode `"paper"` writes shifted times there.
+            timestep (`int`, `float` or scalar `torch.Tensor`): The time that the model was given: the entry of
+                `scheduler.timesteps` itself, not a copy, since shifted times are written there. Or the times of the
+                samples, `(batch,)`.
             sample (`torch.Tensor` of the same shape): x at `timestep`, in the model's units.
-            eta (`float`): Weight of the noise, in [0, 1]: 0 is DDIM, 1 is DDPM; see `solver` about 0.
-            use_clipped_model_output (`bool`, *optional*): Recompute eps from the clipped x0. None: as the mode does.
+            eta (`float`): Weight of the noise, in [0, 1]: 0 is DDIM, 1 is DDPM; see `solver` about 0. The solvers
+                other than these take no noise.
+            use_clipped_model_output (`bool`, *optional*): Recompute eps from the clipped x0. None: as the mode and the
+                solver do (multistep solvers: yes).
             generator (`torch.Generator` or list of them, *optional*): Source of the noise.
             variance_noise (`torch.Tensor` of the same shape, *optional*): The noise itself, in place of `generator`.
             return_dict (`bool`): Return a [`TimeShiftSchedulerOutput`] rather than a tuple.
@@ -362,118 +390,133 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
             [`TimeShiftSchedulerOutput`], or the tuple of its fields; samples in `sample.dtype`.
 
         Raises:
-            ValueError: Before `set_timesteps`, for `eta` outside [0, 1], or for two sources of noise.
+            ValueError: Before `set_timesteps`, for `eta` outside what the solver takes, or for two sources of noise.
         """
         if self.num_inference_steps is None:
             raise ValueError("Call `set_timesteps` before `step`: the times of the run are not known yet.")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"`eta` must lie in [0, 1] (0: DDIM, 1: DDPM), got {eta}.")
         if generator is not None and variance_noise is not None:
             raise ValueError("`step` takes either `generator` or `variance_noise`, got both: pass one.")
-        if self.config.solver == "ddpm" and eta == 0:
-            eta = 1.0
+        eta = checked_eta(self.config.solver, eta)
         if eta > 0 and variance_noise is None:
             shape, device, dtype = model_output.shape, model_output.device, model_output.dtype
             variance_noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
 
         index, seen = self._locate(timestep, sample.device)
-        alpha_t = self._alpha_at(seen, sample)  # (1, 1, 1, 1)
-        x = sample.to(alpha_t.dtype)
-        x0, eps = self._predict(model_output.to(x.dtype), x, alpha_t)
-        if self.config.data_variance is None and self._may_shift(self._nominal[index]):
-            self._observe(x, eps, alpha_t)
-        x0, eps = self._clip(x0, eps, x, alpha_t, use_clipped_model_output)
-        target, chosen = self._target(x, index)  # (1,), or (B,) where samples may differ
-        prev_sample = self._transfer(x0, eps, alpha_t, self._alpha_at(target, sample), eta, variance_noise)
-        if self.config.mode == "paper":
-            chosen = self._shift_next_time(prev_sample, index)
-        self.step_index = index + 1
-        self.shifted_timesteps.append(chosen.repeat(len(sample) // len(chosen)))
-        if self.step_index == len(self.timesteps):
-            self._report()
-        output = (prev_sample.to(sample.dtype), x0.to(sample.dtype), self.shifted_timesteps[-1])
+        number, stage = self._entries[index]
+        # Solvers that hand results on from step to step do so in float64; the others need no more than the samples.
+        alone = self.config.solver in ("ddim", "ddpm")
+        x = sample.to(torch.promote_types(sample.dtype, torch.float32) if alone else state_dtype(sample.device))
+        start = self._level_at(seen, x)  # scalars, or (B, 1, 1, 1) where samples have their own times
+        x0, eps = predictions(self.config.prediction_type, model_output.to(x.dtype), x, start)
+        if stage == 0 and self.config.data_variance is None and may_shift(self.config, self._nominal[number]):
+            self._estimate(eps, x, start, number)
+        x0, eps = adjusted(self.config, x0, eps, x, start, number, use_clipped_model_output)
+        ends = index + 1 == len(self._entries) or self._entries[index + 1][1] == 0
+        chosen: int | Tensor
+        if ends and stage == 0:
+            target, chosen = self._target(x, number, joint=False)
+            end = self._level_at(target, x)
+            # Stock DPM-Solver takes the last step with first order where it ends clean, and in short runs.
+            plain = index + 1 == len(self._entries) and (self._nominal[-1] < 0 or len(self._entries) < 15)
+            pair = self._history.extrapolate(self.config.solver, x, x0, eps, start, end, plain)
+            prev_sample = transfer(*pair, start, end, eta, variance_noise)
+        else:
+            prev_sample, chosen = self._warm_up(x, eps, start, seen, index)
+        if ends and self.config.mode == "paper" and self._decides(number):
+            chosen = self._match(prev_sample, self._nominal[number + 1], joint=not self._per_sample)
+            self._show_next(chosen, index)
+        if isinstance(chosen, int):
+            chosen = torch.full((1,), chosen, device=sample.device)
+        chosen = chosen.expand(sample.shape[0])
+        self._conclude(index, chosen if ends else None)
+        output = (prev_sample.to(sample.dtype), x0.to(sample.dtype), chosen)
         return TimeShiftSchedulerOutput(*output) if return_dict else output
 
+    def _conclude(self, index: int, chosen: Tensor | None) -> None:
+        """Count an evaluation; note the times chosen, `(B,)`, at the end of a step; say what was wrong at a run's."""
+        self.step_index = index + 1
+        if chosen is not None:
+            self.shifted_timesteps.append(chosen)
+        if self.step_index == len(self._entries):
+            self._history = History()
+            self._report()
+
     def _locate(self, timestep: int | float | Tensor, device: torch.device) -> tuple[int, Tensor]:
-        """Index of the step, found on the host, and the time that the model saw, `(1,)` on the sample's device.
+        """Index of the entry, found on the host, and the times that the model saw, `(1,)` or `(B,)`, on the device.
 
         Pipelines iterate over views of `self.timesteps`, so an entry's address tells its index without reading it.
-        Otherwise steps are counted, from `begin_index` or from the last nominal time not below the first one given.
+        Otherwise entries are counted, from `begin_index` or from the last nominal time not below the first one given.
         """
-        count, index = len(self.timesteps), None
-        seen = timestep if isinstance(timestep, Tensor) else torch.full((1,), int(timestep), device=device)
-        if seen.device == self.timesteps.device:
-            index = (seen.data_ptr() - self.timesteps.data_ptr()) // self.timesteps.element_size()
-        seen = seen.reshape(-1).to(device, torch.int64)
-        if index is None or not 0 <= index < count:
+        index = entry_of(timestep, self.timesteps)
+        seen = timestep if isinstance(timestep, Tensor) else torch.full((1,), timestep, device=device)
+        seen = seen.reshape(-1).to(device, self.timesteps.dtype)
+        if index is None:
             index = self.begin_index if self.step_index is None else self.step_index
-            if index is None or index >= count:
-                index = max(sum(time >= int(timestep) for time in self._nominal[:-1]) - 1, 0)
-            missed = (seen != self.timesteps[index].to(device)).any()
-            self._off_schedule = missed if self._off_schedule is None else self._off_schedule | missed
-        if index != self.step_index:  # not the successor of the last step: a run starts here
+            if index is None or index >= len(self._entries):
+                step = max(sum(time >= float(seen[0]) for time in self._nominal[:-1]) - 1, 0)
+                index = self._entries.index((step, 0))
+            if seen.shape[0] == 1:
+                missed = (seen != self.timesteps[index].to(device)).any()
+                self._off_schedule = missed if self._off_schedule is None else self._off_schedule | missed
+        if index != self.step_index:  # not the successor of the last one: a run starts here
             self.step_index, self._silent, self.shifted_timesteps = None, None, []
+            self._history, self.sample_timesteps = History(), None
+        if self.sample_timesteps is not None and seen.shape[0] == 1:
+            seen = self.sample_timesteps
+        self.sample_timesteps = None
         return index, seen
 
-    def _alpha_at(self, times: Tensor, like: Tensor) -> Tensor:
-        """A at the times given (-1: clean data), shaped to broadcast over the batch of `like`, on its device."""
-        if self._alphas.device != like.device:
+    def _level_at(self, times: int | Tensor, like: Tensor) -> Level:
+        """Noise level at the times given, broadcastable to `like`, on its device."""
+        if self._levels.device != like.device:
             self._place_tables(like.device)
-        # index_select, because indexing with a scalar tensor reads it back to the host.
-        alphas = self._alphas.index_select(0, times.reshape(-1).to(like.device) + 1)
-        return alphas.reshape(-1, *[1] * (like.ndim - 1))
+        if isinstance(times, int):
+            return self._nominal_levels[times]
+        return level_at(self._levels, times, like)
 
-    def _predict(self, output: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """Clean sample and noise that the model's output stands for: x = sqrt(A) x0 + sqrt(1 - A) eps."""
-        signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
-        if self.config.prediction_type == "epsilon":
-            return (x - noise * output) / signal, output
-        if self.config.prediction_type == "sample":
-            return output, (x - signal * output) / noise
-        return signal * x - noise * output, signal * output + noise * x
+    def _estimate(self, eps: Tensor, x: Tensor, level: Level, step: int) -> None:
+        """Estimate s^2, unless A is too small for it at all times that the network may have seen and steps follow."""
+        half, (i, j) = self.config.window // 2, self._nominal[step : step + 2]
+        least = least_alpha(x, bool(self._per_sample))
+        if self._host_alphas[max(i - half, 0) + 1] > least or not may_shift(self.config, j):
+            doubtful = self._host_alphas[min(i + half, self._last_time) + 1] <= least
+            found = slope_of(eps, x, level, bool(self._per_sample), least if doubtful else None)
+            self._slope, self._silent = (found[0], level), found[1]
 
-    def _clip(self, x0: Tensor, eps: Tensor, x: Tensor, alpha: Tensor, new_eps: bool | None) -> tuple[Tensor, Tensor]:
-        """Clip x0, or threshold it dynamically (arXiv 2205.11487, section 2.3); keep eps or make it agree with x0."""
-        config = self.config
-        if config.thresholding:
-            bound = torch.quantile(x0.abs().flatten(1), config.dynamic_thresholding_ratio, dim=1)
-            bound = bound.clamp(min=1).clamp(max=config.sample_max_value).reshape(-1, *[1] * (x0.ndim - 1))
-            x0 = x0.clamp(-bound, bound) / bound
-        elif config.clip_sample:
-            x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
-        if new_eps is None:
-            new_eps = config.released and config.mode == "adm"
-        return x0, (x - alpha.sqrt() * x0) / (1 - alpha).sqrt() if new_eps else eps
-
-    def _target(self, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """Time that the update goes to and time to report; `(1,)` each, or `(B,)` where samples may differ."""
-        i, j = self._nominal[index : index + 2]
+    def _target(self, x: Tensor, step: int, joint: bool) -> tuple[int | Tensor, int | Tensor]:
+        """Time that a step goes to and time to report; tensors where it is shifted: `(B,)`, or `(1,)` if `joint`."""
+        i, j = self._nominal[step : step + 2]
         centre = i if self.config.mode == "adm" else j
-        inner = self.step_index is not None and index + 1 < len(self.timesteps)
-        if self.config.mode == "paper" or not inner or not self._may_shift(centre):
-            return torch.full((1,), j, device=x.device), torch.full((1,), centre, device=x.device)
-        found = self._match(x, centre)
+        if self.config.mode == "paper" or not self._decides(step):
+            return j, centre
+        found = self._match(x, centre, joint and not self._per_sample)
         if self.config.mode == "pnm":
             return found, found
-        stride = self.config.num_train_timesteps // (len(self.timesteps) - 1) + 1 if self.config.released else i - j
-        return self._unless_silent((found - stride).clamp(min=self._nominal[-1]), j), found
+        stride = self.config.num_train_timesteps // (len(self._nominal) - 2) + 1 if self.config.released else i - j
+        target = (found - stride).clamp(min=self._nominal[-1])
+        return self._unless_silent(target, j) if self.config.released else target, found
 
-    def _shift_next_time(self, prev_sample: Tensor, index: int) -> Tensor:
-        """Write the time that fits the new sample into the schedule, where the caller's loop will see it."""
-        i, j = self._nominal[index : index + 2]
-        if index + 1 == len(self.timesteps) or not self._may_shift(i):
-            return torch.full((1,), j, device=prev_sample.device)
-        found = self._match(prev_sample, j)
-        self.timesteps[index + 1].copy_(found[0])
-        return found
+    def _warm_up(self, x: Tensor, eps: Tensor, level: Level, seen: Tensor, index: int) -> tuple[Tensor, int | Tensor]:
+        """Take one evaluation of a step that has several: the state to evaluate next, and the time to report."""
+        number, stage = self._entries[index]
+        if stage == 0:
+            goal, chosen = self._target(x, number, joint=True)
+            goal = goal if isinstance(goal, int) else goal.clamp(min=0)  # the network is asked there, too
+            self._history.open_step = OpenStep(x, level, seen, goal, chosen)
+        opened = self._history.open_step
+        if opened is None:  # the run began in the middle of this step
+            entry = self.timesteps[index + 1].reshape(1).to(x.device)
+            return move(x, eps, level, self._level_at(entry, x)), entry.long()
+        times, slope = self._history.evaluate(WARM_UPS[self.config.solver], stage, eps)
+        if self._history.open_step is not None:
+            self._show_next(torch.as_tensor(times), index)
+        return move(opened.x, slope, opened.level, self._level_at(times, x)), opened.chosen
 
-    def _transfer(self, x0: Tensor, eps: Tensor, a_t: Tensor, a_s: Tensor, eta: float, z: Tensor | None) -> Tensor:
-        """The DDIM update (arXiv 2010.02502, eq. 12 and 16) from A = a_t to A = a_s."""
-        if eta == 0 or z is None:
-            return a_s.sqrt() * x0 + (1 - a_s).sqrt() * eps
-        gain = (a_s - a_t).clamp(min=0) / a_s.clamp(min=torch.finfo(a_s.dtype).tiny)
-        variance = eta**2 * gain * (1 - a_s) / (1 - a_t)
-        return a_s.sqrt() * x0 + (1 - a_s - variance).clamp(min=0).sqrt() * eps + variance.sqrt() * z
+    def _show_next(self, times: Tensor, index: int) -> None:
+        """Write the next times, `(1,)` or `(B,)`, into the schedule, where the caller's loop will see them."""
+        self.timesteps[index + 1 : index + 2].copy_(mean_time(times, self.timesteps.dtype))
+        if self._per_sample and times.shape[0] > 1:
+            self.sample_timesteps = times.to(self.timesteps.dtype)
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """Return the sample as it is: variance-preserving models take it unscaled."""
@@ -481,28 +524,23 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noised samples sqrt(A) x0 + sqrt(1 - A) noise: `(batch, ...)` tensors, times `(batch,)` or `(1,)`."""
-        alpha = self._alpha_at(timesteps, original_samples)
-        dtype = original_samples.dtype
-        return alpha.sqrt().to(dtype) * original_samples + (1 - alpha).sqrt().to(dtype) * noise
+        level = self._level_at(timesteps.reshape(-1), original_samples)
+        return level.signal * original_samples + level.noise * noise
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Target of v-prediction, sqrt(A) noise - sqrt(1 - A) x0, for training; arguments as in `add_noise`."""
-        alpha = self._alpha_at(timesteps, sample)
-        return alpha.sqrt().to(sample.dtype) * noise - (1 - alpha).sqrt().to(sample.dtype) * sample
+        level = self._level_at(timesteps.reshape(-1), sample)
+        return level.signal * noise - level.noise * sample
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
     def _report(self) -> None:
         """Say at the end of a run what was wrong with it, once; only here are the run's flags read from the device."""
-        if "silent" not in self._warned and not self.has_signal and not self._known_silent():
-            self._warn("silent", f"Nominal times were used once the variance proved to carry no signal: {_ADVICE}")
+        if "silent" not in self._warned and not self.has_signal and not known_silent(self.config):
+            self._warn("silent", f"Nominal times were used once the variance proved to carry no signal: {ADVICE}")
         if "missed" not in self._warned and self._off_schedule is not None and bool(self._off_schedule):
-            self._warn(
-                "missed",
-                "`step` was given times other than those in `scheduler.timesteps` and took them for the ones the model"
-                " saw, so shifts were lost: iterate over `scheduler.timesteps` itself, not over a copy.",
-            )
+            self._warn("missed", MISSED)
 
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:

@@ -9,10 +9,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BDIAScheduler": "sfumato.schedulers.scheduling_bdia",
+    "BELMScheduler": "sfumato.schedulers.scheduling_belm",
     "ClassConditionalPipeline": "sfumato.pipelines.pipeline_class_conditional",
     "Concept": "sfumato.concepts",
+    "DDCMScheduler": "sfumato.schedulers.scheduling_ddcm",
+    "EDICTScheduler": "sfumato.schedulers.scheduling_edict",
+    "EditFriendlyDDPMScheduler": "sfumato.schedulers.scheduling_edit_friendly_ddpm",
+    "FixedPointScheduler": "sfumato.schedulers.scheduling_fixed_point",
+    "InfEditPipeline": "sfumato.pipelines.pipeline_infedit",
     "Judge": "sfumato.evaluation.judge",
     "TimeShiftScheduler": "sfumato.schedulers.scheduling_time_shift",
+    "edit": "sfumato.inversion",
+    "invert": "sfumato.inversion",
     "load": "sfumato.loading",
     "unlearn": "sfumato.unlearning.core",
 }
@@ -22,8 +31,17 @@ __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
 if TYPE_CHECKING:
     from sfumato.concepts import Concept as Concept
     from sfumato.evaluation.judge import Judge as Judge
+    from sfumato.inversion import edit as edit
+    from sfumato.inversion import invert as invert
     from sfumato.loading import load as load
     from sfumato.pipelines.pipeline_class_conditional import ClassConditionalPipeline as ClassConditionalPipeline
+    from sfumato.pipelines.pipeline_infedit import InfEditPipeline as InfEditPipeline
+    from sfumato.schedulers.scheduling_bdia import BDIAScheduler as BDIAScheduler
+    from sfumato.schedulers.scheduling_belm import BELMScheduler as BELMScheduler
+    from sfumato.schedulers.scheduling_ddcm import DDCMScheduler as DDCMScheduler
+    from sfumato.schedulers.scheduling_edict import EDICTScheduler as EDICTScheduler
+    from sfumato.schedulers.scheduling_edit_friendly_ddpm import EditFriendlyDDPMScheduler as EditFriendlyDDPMScheduler
+    from sfumato.schedulers.scheduling_fixed_point import FixedPointScheduler as FixedPointScheduler
     from sfumato.schedulers.scheduling_time_shift import TimeShiftScheduler as TimeShiftScheduler
     from sfumato.unlearning.core import unlearn as unlearn
 else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = ["main"]
 
@@ -46,9 +47,59 @@ def _make_parser() -> argparse.ArgumentParser:
     unlearn.add_argument("method", nargs="?", default=None)
     unlearn.set_defaults(run=_unlearn)
 
+    _add_editing(commands)
+
     methods = commands.add_parser("methods", help="list the unlearning methods")
     methods.set_defaults(run=_methods)
     return parser
+
+
+def _add_editing(commands: Any) -> None:
+    """``invert`` and ``edit``, which differ in the target prompt and in two defaults."""
+    for name, summary in (
+        ("invert", "find the noise from which a model draws a picture, and draw it again"),
+        ("edit", "change a picture: invert it with one prompt, draw it again with another"),
+    ):
+        editing = name == "edit"
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("image", help="a picture's file; or the folder of an earlier inversion, to reuse it")
+        command.add_argument("--output", required=True, help="a new folder for pictures, latents and figures")
+        command.add_argument("--model", default="atelier", help="embedded model, folder or Hub id")
+        if editing:
+            command.add_argument("--source-prompt", dest="prompt", default="", help="what the picture shows")
+            command.add_argument("--target-prompt", required=True, help="what it is to show")
+            command.add_argument("--source-guidance-scale", type=float, default=1.0, help="guidance of the inversion")
+        else:
+            command.add_argument("--prompt", default="", help="what the picture shows")
+        command.add_argument("--scheduler", default="bdia", help="bdia, belm, edict, ddim, fixed-point or ddpm")
+        command.add_argument("--exact", action="store_true", help="bdia, belm: keep every bit of the latents")
+        command.add_argument("--gamma", type=float, default=None, help="bdia: weight of the backward integration")
+        command.add_argument("--num-inference-steps", type=int, default=50, help="steps of the schedule")
+        command.add_argument("--strength", type=float, default=0.8 if editing else 1.0, help="share of them to take")
+        command.add_argument("--guidance-scale", type=float, default=3.0 if editing else 1.0)
+        command.add_argument("--seed", type=int, default=0, help="ddpm: seeds its noise")
+        command.add_argument("--device", default=None, help="where to run; an accelerator if there is one")
+        command.set_defaults(run=_edit)
+
+
+def _edit(options: argparse.Namespace, _: Sequence[str]) -> None:
+    from sfumato.editing import EditingConfig, run_edit
+
+    settings = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
+    exact, gamma = settings.pop("exact"), settings.pop("gamma")
+    chosen = {**({"exact": True} if exact else {}), **({} if gamma is None else {"gamma": gamma})}
+    figures = run_edit(EditingConfig(**settings, options=chosen))
+    print(f"autoencoder alone    {figures['autoencoder_psnr']:.1f} dB")
+    print(
+        f"reconstruction       {figures['reconstruction_psnr']:.1f} dB, latents off by {figures['latent_error']:.1e}"
+    )
+    if figures["condition_number"] is not None:
+        print(f"condition number     {figures['condition_number']:.3g}")
+    noise = figures["noise"]
+    print(
+        f"noise found          mean {noise['mean']:.2f}, std {noise['std']:.2f}, correlation {noise['correlation']:.2f}"
+    )
+    print(f"pictures and latents {options.output}/comparison.png, {options.output}/inversion.safetensors")
 
 
 def _demo(options: argparse.Namespace, _: Sequence[str]) -> None:

@@ -1,14 +1,18 @@
 """TimeShiftScheduler: the authors' programs, the properties of the method, and the contract with diffusers."""
 
-import ast
+import importlib
 import inspect
 import json
+import shutil
+import sys
+from copy import deepcopy
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfumato.schedulers import scheduling_time_shift
@@ -21,6 +25,11 @@ SCHEDULES = {
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
 }
 MODES = ["paper", "pnm", "adm"]
+SOLVERS = ["ddim", "ddpm", "s_pndm", "f_pndm", "dpmsolver++"]
+MULTISTEP = SOLVERS[2:]
+SPACINGS = ["leading", "linspace", "trailing"]
+WARM_UP = {"s_pndm": 1, "f_pndm": 3}  # steps
+SILENT_END = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}  # starts at A = 0
 UNSHIFTED = [{"window": 0}, {"window": 1}, {"cutoff": 999}, {"cutoff": 1000}, {"data_variance": 1.0}]
 
 
@@ -28,16 +37,21 @@ def make(schedule="linear", **config):
     return TimeShiftScheduler(**{"clip_sample": False, **SCHEDULES[schedule], **config})
 
 
+def column(t):
+    """Times, one or one per sample, to multiply images by."""
+    return torch.as_tensor(t).double().reshape(-1, 1, 1, 1)
+
+
 def toy_network(alphas):
     """Not a denoiser: states grow to 1e2."""
-    return lambda x, t: 0.3 * x * torch.cos(t.double() / 500) + 0.1 * torch.sin(3 * x + t.double() / 100)
+    return lambda x, t: 0.3 * x * torch.cos(column(t) / 500) + 0.1 * torch.sin(3 * x + column(t) / 100)
 
 
 def gauss_network(alphas, data_variance=0.25):
     """The best epsilon for data ~ N(0, data_variance I)."""
 
     def predict(x, t):
-        alpha = alphas[torch.as_tensor(t).long()]
+        alpha = alphas[column(t).long()]
         return (1 - alpha).sqrt() * x / (alpha * data_variance + 1 - alpha)
 
     return predict
@@ -47,10 +61,12 @@ NETWORKS = {"toy": toy_network, "gauss": gauss_network}
 
 
 def run(scheduler, network, x, noise=None, **step_kwargs):
-    """The loop of a pipeline, over the entries of `timesteps` themselves."""
+    """The loop of a pipeline, over the entries of `timesteps`, or times per sample where there are any."""
     for index, t in enumerate(scheduler.timesteps):
         extra = {} if noise is None else {"variance_noise": noise[index]}
-        x = scheduler.step(network(x, t), t, x, **step_kwargs, **extra).prev_sample
+        own = getattr(scheduler, "sample_timesteps", None)
+        seen = t if own is None else own
+        x = scheduler.step(network(x, seen), t, x, **step_kwargs, **extra).prev_sample
     return x
 
 
@@ -81,11 +97,12 @@ def golden(name):
         return {key: archive[key] for key in archive.files}
 
 
-PNM, ADM = golden("ts.npz"), golden("ts_adm.npz")
-PNM_META, ADM_META = json.loads(str(PNM["meta_json"])), json.loads(str(ADM["meta_json"]))
-PNM_CASES = [name for name, m in PNM_META.items() if m["method"] in ("euler", "ddpm") and f"{name}__out" in PNM]
+PNM, ADM, PNDM = golden("ts.npz"), golden("ts_adm.npz"), golden("pndm.npz")
+PNM_META, ADM_META, PNDM_META = (json.loads(str(archive["meta_json"])) for archive in (PNM, ADM, PNDM))
+PNM_CASES = [name for name in PNM_META if not name.startswith("f32_") and f"{name}__out" in PNM]
 PNM_NAN = [name for name in PNM_CASES if np.isnan(PNM[f"{name}__out"]).any()]
 ADM_CASES = [name for name in ADM_META if f"{name}__out" in ADM]
+PNDM_CASES = [name for name in PNDM_META if f"{name}__out" in PNDM]
 
 
 def run_pnm(name):
@@ -94,13 +111,22 @@ def run_pnm(name):
         m["schedule"],
         mode="pnm",
         released=True,
-        solver={"euler": "ddim", "ddpm": "ddpm"}[m["method"]],
+        solver={"euler": "ddim"}.get(m["method"], m["method"]),
         window=m["window"] or 0,
         cutoff=m["cutoff"],
     )
+    scheduler.shift_per_sample()  # as the program does in Runge-Kutta steps
     scheduler.set_timesteps(m["S"])
     network = NETWORKS[m["net"]](torch.from_numpy(PNM[f"alphas_cumprod_{m['schedule']}"]))
-    return scheduler, run(scheduler, network, torch.from_numpy(PNM["x"]), torch.from_numpy(PNM["ddpm_noise"]))
+    noise = torch.from_numpy(PNM["ddpm_noise"]) if m["method"] == "ddpm" else None
+    return scheduler, run(scheduler, network, torch.from_numpy(PNM["x"]), noise)
+
+
+def step_times(scheduler):
+    """Times of the steps, without the further evaluations in them."""
+    times, extra = scheduler.timesteps.tolist(), {"s_pndm": 1, "f_pndm": 3}.get(scheduler.config.solver, 0)
+    warm = WARM_UP.get(scheduler.config.solver, 0) * (extra + 1)
+    return np.array(times[: warm : extra + 1] + times[warm:])
 
 
 def relative_error(out, reference):
@@ -111,7 +137,7 @@ def relative_error(out, reference):
 def test_released_pnm_gives_the_outputs_and_times_of_the_authors_program(name):
     scheduler, out = run_pnm(name)
     assert relative_error(out, PNM[f"{name}__out"]) < 1e-9
-    assert (scheduler.timesteps.numpy()[:, None] == PNM[f"{name}__t"]).all()
+    assert (step_times(scheduler)[:, None] == PNM[f"{name}__t"]).all()
     assert (history(scheduler) == PNM[f"{name}__tnext"]).all()
     assert scheduler.has_signal
 
@@ -124,6 +150,18 @@ def test_released_pnm_stays_finite_where_the_program_takes_the_root_of_a_negativ
     for sample in range(theirs.shape[1]):  # their state is lost with the first time above the current one
         lost = np.argmax(theirs[:, sample] > times[:, sample])
         assert (history(scheduler)[: lost + 1, sample] == theirs[: lost + 1, sample]).all()
+
+
+@pytest.mark.parametrize("name", PNDM_CASES)
+def test_released_pndm_gives_the_outputs_and_times_of_its_authors_program(name):
+    m = PNDM_META[name]
+    solver = {"DDIM": "ddim", "S-PNDM": "s_pndm", "F-PNDM": "f_pndm"}[m["method"]]
+    scheduler = make(m["schedule"], mode="pndm", released=True, solver=solver)
+    scheduler.set_timesteps(m["S"])
+    network = NETWORKS[m["net"]](torch.from_numpy(PNDM[f"alphas_cumprod_{m['schedule']}"]))
+    out = run(scheduler, network, torch.from_numpy(PNDM["x"]))
+    assert relative_error(out, PNDM[f"{name}__out"]) < 1e-9
+    assert (scheduler.timesteps.numpy() == PNDM[f"{name}__tcalls"]).all()
 
 
 @pytest.mark.parametrize("name", ADM_CASES)
@@ -155,6 +193,9 @@ def test_released_grids_are_those_of_the_programs_where_steps_do_not_divide_the_
     assert pnm.timesteps.tolist() == [958 - 33 * k for k in range(29)] + [1]
     adm.set_timesteps(30)
     assert adm.timesteps.tolist() == [34 * k for k in range(29, -1, -1)]
+    pndm = make(mode="pndm", released=True)
+    pndm.set_timesteps(30)
+    assert pndm.timesteps.tolist() == [33 * k for k in range(30, -1, -1)]
 
 
 # ---------------------------------------------------------------- the method
@@ -304,7 +345,7 @@ def test_the_network_sees_the_shifted_time_in_paper_mode_and_the_update_aims_at_
 
 
 def test_windows_are_cut_at_the_ends_of_the_schedule():
-    scheduler = make(mode="pnm", window=5000, cutoff=0)
+    scheduler = make(mode="pnm", window=1000, cutoff=0)
     scheduler.set_timesteps(50)
     run(scheduler, gauss_network(scheduler.alphas_cumprod), noise(2, 3, 8, 8) * 1.5)
     assert history(scheduler).max() == 999
@@ -347,6 +388,371 @@ def test_noise_comes_from_the_generator_as_in_stock_ddim():
 def test_estimate_data_variance_is_the_mean_of_the_unbiased_variances():
     images = of_variance(torch.tensor([0.1, 0.3]), batch=2) + 0.5
     assert TimeShiftScheduler.estimate_data_variance(images.float()) == pytest.approx(0.2, abs=1e-6)
+
+
+# ---------------------------------------------------------------- multistep solvers
+
+
+def pseudo_multistep_by_hand(scheduler, network, x, final):
+    """S- and F-PNDM between the nominal times of the schedule, from the equations."""
+    alphas, times = scheduler.alphas_cumprod, [int(time) for time in step_times(scheduler)]
+    fourth, slopes = scheduler.config.solver == "f_pndm", []
+
+    def move(x, eps, i, j):
+        a, b = alphas[int(i)], final if j is None else alphas[int(j)]
+        return b.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
+
+    for index, (i, j) in enumerate(zip(times, [*times[1:], None], strict=True)):
+        e = [network(x, i)]
+        if fourth and index < 3:
+            mid = (i + j) / 2
+            e.append(network(move(x, e[0], i, mid), mid))
+            e.append(network(move(x, e[1], i, mid), mid))
+            e.append(network(move(x, e[2], i, j), j))
+            slope = (e[0] + 2 * e[1] + 2 * e[2] + e[3]) / 6
+        elif fourth:
+            slope = (55 * e[0] - 59 * slopes[-1] + 37 * slopes[-2] - 9 * slopes[-3]) / 24
+        elif index == 0:
+            slope = (e[0] + network(move(x, e[0], i, j), j)) / 2
+        else:
+            slope = (3 * e[0] - slopes[-1]) / 2
+        slopes.append(e[0])
+        x = move(x, slope, i, j)
+    return x
+
+
+@pytest.mark.parametrize("to_one", [True, False])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("solver", ["s_pndm", "f_pndm"])
+def test_pseudo_multistep_keeps_to_its_equations_at_any_spacing_and_number_of_steps(solver, spacing, to_one):
+    scheduler = make(window=0, solver=solver, timestep_spacing=spacing, set_alpha_to_one=to_one)
+    network, x = toy_network(scheduler.alphas_cumprod), noise(2, 3, 4, 4)
+    final = torch.tensor(1.0).double() if to_one else scheduler.alphas_cumprod[0]
+    for steps in range(WARM_UP[solver] + 1, 61):
+        scheduler.set_timesteps(steps)
+        assert len(scheduler.timesteps) == steps + {"s_pndm": 1, "f_pndm": 9}[solver]
+        expected = pseudo_multistep_by_hand(scheduler, network, x, final)
+        assert relative_error(run(scheduler, network, x), expected.numpy()) < 1e-12
+        assert scheduler.shifted_timesteps[-1].tolist() == [-1 if to_one else 0] * 2
+        assert len(scheduler.shifted_timesteps) == steps
+
+
+@pytest.mark.parametrize("to_one", [True, False])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_runge_kutta_steps_are_those_of_stock_pndm_where_half_steps_are_whole(spacing, to_one):
+    for steps in (4, 5, 10, 20, 25, 50):
+        config = {"timestep_spacing": spacing, "set_alpha_to_one": to_one}
+        scheduler = make(window=0, solver="f_pndm", **config)
+        stock = diffusers.PNDMScheduler(**SCHEDULES["linear"], **config)
+        for s in (scheduler, stock):
+            s.set_timesteps(steps)
+        assert scheduler.timesteps.tolist() == stock.timesteps.tolist()
+        network, x = toy_network(scheduler.alphas_cumprod), noise(2, 3, 8, 8)
+        assert relative_error(run(scheduler, network, x), run(stock_float64(stock), network, x).numpy()) < 1e-12
+
+
+def stock_float64(stock):
+    """A stock scheduler with its tables in float64 (it builds them in float32)."""
+    stock.alphas_cumprod = make(window=0).alphas_cumprod
+    stock.final_alpha_cumprod = (
+        torch.tensor(1.0).double() if stock.config.set_alpha_to_one else stock.alphas_cumprod[0]
+    )
+    return stock
+
+
+def test_improved_euler_and_second_order_are_those_of_stock_plms():
+    scheduler = make(window=0, solver="s_pndm", set_alpha_to_one=False)
+    stock = stock_float64(diffusers.PNDMScheduler(**SCHEDULES["linear"], skip_prk_steps=True))
+    for s in (scheduler, stock):
+        s.set_timesteps(20)
+    network, x = toy_network(scheduler.alphas_cumprod), noise(2, 3, 8, 8)
+    y = x
+    assert scheduler.timesteps.tolist() == stock.timesteps.tolist()
+    for t in scheduler.timesteps[:3]:  # then stock takes third and fourth order
+        x = scheduler.step(network(x, t), t, x).prev_sample
+        y = stock.step(network(y, t), t, y).prev_sample
+        assert relative_error(x, y.numpy()) < 1e-13
+
+
+def test_the_model_is_evaluated_where_the_paper_says():
+    scheduler = make(solver="f_pndm", window=0)
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps.dtype == torch.float32
+    expected = [900, 850, 850, 800, 800, 750, 750, 700, 700, 650, 650, 600, *range(600, -1, -100)]
+    assert scheduler.timesteps.tolist() == expected
+    scheduler.set_timesteps(8)  # 125 apart
+    assert scheduler.timesteps.tolist()[:5] == [875, 812.5, 812.5, 750, 750]
+    scheduler = make(solver="s_pndm", window=0)
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps.dtype == torch.int64
+    assert scheduler.timesteps.tolist() == [900, 800, 800, *range(700, -1, -100)]
+
+
+@pytest.mark.parametrize("solver", MULTISTEP)
+def test_all_solvers_are_ddim_where_the_prediction_is_constant(solver):
+    x, eps, outs = noise(2, 3, 8, 8), noise(2, 3, 8, 8, seed=1), []
+    for chosen in ("ddim", solver):
+        scheduler = make(window=0, solver=chosen, prediction_type="sample" if solver == "dpmsolver++" else "epsilon")
+        scheduler.set_timesteps(timesteps=[*range(900, -1, -50)])
+        outs.append(run(scheduler, lambda x, t: eps, x))
+    assert relative_error(outs[1], outs[0].numpy()) < 1e-12
+
+
+def test_higher_order_solvers_are_closer_to_the_exact_solution():
+    # For gaussian data the ODE shrinks every value by the ratio of standard deviations.
+    errors = {}
+    for solver in ("ddim", "dpmsolver++", "s_pndm", "f_pndm"):
+        scheduler = make(window=0, solver=solver)
+        scheduler.set_timesteps(timesteps=[*range(900, -1, -30)])
+        network, alphas = gauss_network(scheduler.alphas_cumprod), scheduler.alphas_cumprod
+        start = x = noise(2, 3, 8, 8)
+        for t in scheduler.timesteps[:-2]:  # to time 30
+            x = scheduler.step(network(x, t), t, x).prev_sample
+        exact = start * ((1 - 0.75 * alphas[30]) / (1 - 0.75 * alphas[900])).sqrt()
+        errors[solver] = relative_error(x, exact.numpy())
+    assert errors["ddim"] > 3 * errors["dpmsolver++"] and errors["ddim"] > 3 * errors["s_pndm"]
+    assert errors["f_pndm"] < 0.1 * errors["s_pndm"]
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solvers_convert_predictions_first(solver, prediction_type):
+    outs = []
+    for kind in ("epsilon", prediction_type):
+        scheduler = make(mode="pnm", solver=solver, window=60, prediction_type=kind)
+        scheduler.set_timesteps(20)
+        alphas, z = scheduler.alphas_cumprod, noise(40, 2, 3, 8, 8, seed=1) if solver == "ddpm" else None
+
+        def network(x, t, alphas=alphas, kind=kind):
+            a, eps = alphas[column(t).long()], gauss_network(alphas)(x, t)
+            x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
+            return {"epsilon": eps, "sample": x0, "v_prediction": a.sqrt() * eps - (1 - a).sqrt() * x0}[kind]
+
+        outs.append(run(scheduler, network, noise(2, 3, 8, 8), z))
+    assert relative_error(outs[1], outs[0].numpy()) < 1e-10
+
+
+def stock_dpm(steps, **config):
+    stock = diffusers.DPMSolverMultistepScheduler(**{**SCHEDULES["linear"], **config})
+    stock.set_timesteps(steps)
+    return stock
+
+
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_dpm_solver_is_that_of_stock_at_any_spacing_and_number_of_steps(spacing, final):
+    config = {"timestep_spacing": spacing, "steps_offset": 1 if spacing == "leading" else 0}
+    scheduler = make(window=0, solver="dpmsolver++", set_alpha_to_one=final == "zero", **config)
+    network, x = gauss_network(scheduler.alphas_cumprod), noise(2, 3, 4, 4)
+    for steps in range(2, 61):
+        scheduler.set_timesteps(steps)
+        stock = stock_dpm(steps, final_sigmas_type=final, **config)
+        assert scheduler.timesteps.tolist() == stock.timesteps.tolist()
+        ours = run(scheduler, network, x)
+        assert relative_error(ours, run(stock, network, x).numpy()) < 2e-5  # stock is in float32
+        assert relative_error(ours, dpm_float64(stock, scheduler, network, x).numpy()) < 1e-11
+
+
+def dpm_float64(stock, scheduler, network, x):
+    """The updates of stock in float64; its `step` casts to float32 between them."""
+    alphas = scheduler.alphas_cumprod
+    sigmas = ((1 - alphas) / alphas).sqrt()
+    last = torch.zeros(1) if stock.config.final_sigmas_type == "zero" else sigmas[:1]
+    stock.sigmas = torch.cat([sigmas[stock.timesteps], last.double()])
+    predictions, count = [], len(stock.timesteps)
+    for index, t in enumerate(stock.timesteps):
+        stock._step_index = index
+        predictions.append(stock.convert_model_output(network(x, t), sample=x))
+        first = index == 0 or (index + 1 == count and (count < 15 or last == 0))
+        if first:
+            x = stock.dpm_solver_first_order_update(predictions[-1], sample=x)
+        else:
+            x = stock.multistep_dpm_solver_second_order_update(predictions[-2:], sample=x)
+    return x
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"thresholding": True, "sample_max_value": 1.5},
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        {"prediction_type": "sample"},
+    ],
+    ids=str,
+)
+def test_dpm_solver_handles_predictions_as_stock_does(config):
+    scheduler, stock = (
+        make(window=0, solver="dpmsolver++", **config),
+        stock_dpm(12, **{"timestep_spacing": "leading"} | config),
+    )
+    scheduler.set_timesteps(12)
+    network, x = toy_network(scheduler.alphas_cumprod), noise(2, 3, 8, 8)
+    assert relative_error(run(scheduler, network, x), run(stock, network, x).numpy()) < 2e-5
+
+
+@pytest.mark.parametrize("solver", MULTISTEP)
+def test_multistep_solvers_clip_what_they_go_on_with(solver):
+    scheduler = make(window=0, solver=solver, clip_sample=True, clip_sample_range=0.5)
+    scheduler.set_timesteps(10)
+    out = run(scheduler, lambda x, t: -x, 3 * noise(2, 3, 8, 8))  # without clipping, values near 100
+    assert out.abs().max() < 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("solver", MULTISTEP)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_multistep_solvers_shift_at_any_spacing_and_number_of_steps_and_end_clean(mode, spacing, solver, per_sample):
+    scheduler = make(mode=mode, solver=solver, timestep_spacing=spacing, window=60, cutoff=0)
+    network, shifted = gauss_network(scheduler.alphas_cumprod), 0
+    if per_sample:
+        scheduler.shift_per_sample()
+    for steps in (4, 5, 7, 30, 60):
+        scheduler.set_timesteps(steps)
+        nominal = step_times(scheduler)
+        x = run(scheduler, network, noise(3, 3, 8, 8) * torch.tensor([0.8, 1.0, 1.2]).reshape(3, 1, 1, 1))
+        assert torch.isfinite(x).all() and x.abs().max() < 10
+        assert scheduler.timesteps.min() >= 0 and scheduler.timesteps.max() <= 999
+        assert history(scheduler).shape == (steps, 3)
+        shifted += (history(scheduler)[:-1] != (nominal[:-1] if mode == "adm" else nominal[1:])[:, None]).sum()
+        assert scheduler.sample_timesteps is None
+    assert shifted > 20
+
+
+def test_the_evaluations_of_a_step_lie_between_its_shifted_ends():
+    scheduler = make(solver="f_pndm", window=100, data_variance=0.25)
+    scheduler.set_timesteps(10)
+    x = run(scheduler, gauss_network(scheduler.alphas_cumprod), noise(2, 3, 8, 8))
+    times, chosen = scheduler.timesteps.tolist(), history(scheduler)[:, 0].tolist()
+    nominal = list(range(900, -1, -100))
+    for k in range(3):
+        start, goal = times[4 * k], nominal[k + 1]
+        assert times[4 * k : 4 * k + 4] == [start, (start + goal) / 2, (start + goal) / 2, goal]
+        assert times[4 * k + 4] == chosen[k] != goal
+    assert torch.isfinite(x).all()
+
+
+@pytest.mark.parametrize("begin", range(1, 18))
+def test_a_run_may_begin_between_the_evaluations_of_a_step(begin):
+    scheduler = make(solver="f_pndm", window=0)
+    scheduler.set_timesteps(10)
+    network, alphas = gauss_network(scheduler.alphas_cumprod), scheduler.alphas_cumprod
+    times = scheduler.timesteps.tolist()
+    clean = of_variance(0.25, 48, 2)
+    x = scheduler.add_noise(clean, noise(*clean.shape), scheduler.timesteps[begin : begin + 1])
+    start = (1 - 0.75 * alphas[int(times[begin])]).sqrt()  # of gaussian data
+    exact = 0.5 * x / start
+    for t in scheduler.timesteps[begin:]:
+        x = scheduler.step(network(x, t), t, x).prev_sample
+    assert relative_error(x, exact.numpy()) < 0.25
+    assert scheduler.step_index == 19 and len(scheduler.shifted_timesteps) == 10 - min(begin // 4, 3) - max(
+        begin - 12, 0
+    )
+
+
+# ---------------------------------------------------------------- one time per sample
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("mode", MODES)
+def test_with_times_per_sample_a_batch_is_as_many_single_runs(mode, solver):
+    scheduler = make(mode=mode, solver=solver, window=200, data_variance=None if mode == "paper" else 0.25)
+    network, x = gauss_network(scheduler.alphas_cumprod), noise(4, 3, 16, 16)
+    x = x * torch.tensor([0.7, 0.9, 1.0, 1.2]).reshape(4, 1, 1, 1)
+    z = noise(40, 4, 3, 16, 16, seed=2) if solver == "ddpm" else None
+    stop = scheduler.shift_per_sample()
+    scheduler.set_timesteps(20)
+    together, times = run(scheduler, network, x, z), history(scheduler)
+    assert len(set(times[5])) > 1
+    for k in range(4):
+        scheduler.set_timesteps(20)
+        alone = run(scheduler, network, x[k : k + 1], None if z is None else z[:, k : k + 1])
+        assert (alone - together[k]).abs().max() < 1e-12
+        assert (history(scheduler)[:, 0] == times[:, k]).all()
+    stop()
+    scheduler.set_timesteps(20)
+    run(scheduler, network, x, z)
+    assert mode != "paper" or all(len(set(row)) == 1 for row in history(scheduler))
+
+
+def test_the_schedule_shows_the_mean_of_the_times_of_the_samples():
+    scheduler = make(window=200, data_variance=0.25, solver="f_pndm")
+    scheduler.shift_per_sample()
+    scheduler.set_timesteps(10)
+    x, means = noise(3, 3, 8, 8) * torch.tensor([0.7, 1.0, 1.2]).reshape(3, 1, 1, 1), []
+    for index, t in enumerate(scheduler.timesteps):
+        own = scheduler.sample_timesteps
+        means.append(float(t) if own is None else float(own.mean()))
+        assert own is None or own.shape == (3,) and own.dtype == scheduler.timesteps.dtype
+        assert scheduler.timesteps.tolist()[index] == pytest.approx(means[-1], abs=1e-3)
+        x = scheduler.step(0.5 * x, t if own is None else own, x).prev_sample
+    assert scheduler.sample_timesteps is None
+
+
+def test_a_denoiser_is_hooked_once_and_needs_a_timestep(components):
+    scheduler, unet = make(), components["unet"]
+    stop = scheduler.shift_per_sample(unet)
+    with pytest.raises(ValueError, match="has its times from a scheduler already"):
+        make().shift_per_sample(unet)
+    stop()
+    stop()
+    make().shift_per_sample(unet)()
+    with pytest.raises(ValueError, match="Linear takes no `timestep`"):
+        scheduler.shift_per_sample(torch.nn.Linear(1, 1))
+
+
+# ---------------------------------------------------------------- epsilon scaling
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_scale_of_one_changes_nothing(solver):
+    x, z, outs = noise(2, 3, 8, 8), noise(40, 2, 3, 8, 8, seed=1) if solver == "ddpm" else None, []
+    for scale in ({}, {"epsilon_scale": 1.0, "epsilon_scale_slope": 0.0}, {"epsilon_scale": 1.01}):
+        scheduler = make(solver=solver, window=60, **scale)
+        scheduler.set_timesteps(10)
+        outs.append(run(scheduler, gauss_network(scheduler.alphas_cumprod), x, z))
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("index", [0, 4, 9])
+def test_one_step_with_scaled_epsilon_has_a_closed_form(prediction_type, index):
+    scheduler = make(window=0, prediction_type=prediction_type, epsilon_scale=1.1, epsilon_scale_slope=0.02)
+    scheduler.set_timesteps(10)
+    t, x, eps = scheduler.timesteps[index], noise(2, 3, 8, 8), noise(2, 3, 8, 8, seed=1)
+    a = scheduler.alphas_cumprod[t]
+    b = scheduler.alphas_cumprod[t - 100] if index < 9 else torch.tensor(1.0).double()
+    x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
+    output = {"epsilon": eps, "sample": x0, "v_prediction": a.sqrt() * eps - (1 - a).sqrt() * x0}[prediction_type]
+    scaled = eps / (1.1 + 0.02 * index)
+    expected = b.sqrt() * (x - (1 - a).sqrt() * scaled) / a.sqrt() + (1 - b).sqrt() * scaled
+    assert (scheduler.step(output, t, x).prev_sample - expected).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("solver", MULTISTEP)
+def test_every_evaluation_of_a_step_has_the_scale_of_the_step(solver):
+    plain, scaled = (make(window=0, solver=solver, epsilon_scale=s, epsilon_scale_slope=s - 1) for s in (1.0, 1.05))
+    for s in (plain, scaled):
+        s.set_timesteps(10)
+    network, x = gauss_network(plain.alphas_cumprod), noise(2, 3, 8, 8)
+    steps = iter(
+        [
+            k
+            for k in range(10)
+            for _ in range({"s_pndm": 2, "f_pndm": 4}.get(solver, 1) if k < WARM_UP.get(solver, 0) else 1)
+        ]
+    )
+    by_network = run(plain, lambda x, t: network(x, t) / (1.05 + 0.05 * next(steps)), x)
+    assert relative_error(run(scaled, network, x), by_network.numpy()) < 1e-12
+
+
+def test_epsilon_scaling_composes_with_shifts_and_leaves_the_estimate_of_the_data_alone():
+    scheduler = make(window=40, epsilon_scale=1.2)
+    scheduler.set_timesteps(10)
+    run(scheduler, gauss_network(scheduler.alphas_cumprod), noise(2, 3, 32, 32))
+    assert float(scheduler.estimated_data_variance) == pytest.approx(0.25, abs=1e-6)
+    assert scheduler.timesteps.tolist() != list(range(900, -1, -100))
 
 
 # ---------------------------------------------------------------- no signal
@@ -464,24 +870,29 @@ def test_zero_terminal_snr_is_that_of_stock():
 
 @pytest.mark.parametrize("numbers", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_runs_repeat_to_the_bit_even_after_an_interrupted_one(mode, numbers):
-    scheduler = make(mode=mode, window=60)
-    network, outs = gauss_network(scheduler.alphas_cumprod), []
-    for stop in (20, 20, 7, 20):
+@pytest.mark.parametrize("solver", ["ddim", *MULTISTEP])
+def test_runs_repeat_to_the_bit_even_after_an_interrupted_one(mode, numbers, solver):
+    scheduler = make(mode=mode, window=60, solver=solver)
+    network, outs, count = gauss_network(scheduler.alphas_cumprod), [], 20 + {"s_pndm": 1, "f_pndm": 9}.get(solver, 0)
+    for stop in (count, count, 7, count):
         scheduler.set_timesteps(20)
         x = noise(2, 3, 8, 8)
         for t in scheduler.timesteps[:stop]:
-            x = scheduler.step(network(x, t), int(t) if numbers else t, x).prev_sample
-        assert scheduler.step_index == len(scheduler.shifted_timesteps) == stop
-        if stop == 20:
+            x = scheduler.step(network(x, t), t.item() if numbers else t, x).prev_sample
+        assert scheduler.step_index == stop
+        assert len(scheduler.shifted_timesteps) == stop - (
+            count - 20 if stop > 7 else {"s_pndm": 1, "f_pndm": 6}.get(solver, 0)
+        )
+        if stop == count:
             outs.append((x, history(scheduler), scheduler.timesteps.clone()))
     for out in outs[1:]:
         assert torch.equal(out[0], outs[0][0]) and (out[1] == outs[0][1]).all() and torch.equal(out[2], outs[0][2])
 
 
 @pytest.mark.parametrize("mode", ["pnm", "adm"])
-def test_a_loop_started_again_without_set_timesteps_is_a_new_run(mode):
-    scheduler = make(mode=mode, window=60)
+@pytest.mark.parametrize("solver", ["ddim", *MULTISTEP])
+def test_a_loop_started_again_without_set_timesteps_is_a_new_run(mode, solver):
+    scheduler = make(mode=mode, window=60, solver=solver)
     scheduler.set_timesteps(20)
     network, x = gauss_network(scheduler.alphas_cumprod), noise(2, 3, 8, 8)
     first = run(scheduler, network, x), history(scheduler)
@@ -548,8 +959,9 @@ def test_a_time_off_the_schedule_is_stepped_to_the_next_time_below_it():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("mode", MODES)
-def test_samples_keep_their_dtype_and_inputs_their_values(mode, dtype):
-    scheduler = make(mode=mode, window=60)
+@pytest.mark.parametrize("solver", ["ddim", *MULTISTEP])
+def test_samples_keep_their_dtype_and_inputs_their_values(mode, dtype, solver):
+    scheduler = make(mode=mode, window=60, solver=solver)
     scheduler.set_timesteps(10)
     x, eps = noise(2, 3, 8, 8).to(dtype), noise(2, 3, 8, 8, seed=1).to(dtype)
     kept = x.clone(), eps.clone()
@@ -582,22 +994,28 @@ class CountReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_no_step_but_the_last_reads_a_value_back_from_the_device(mode):
-    scheduler = make(mode=mode, window=60)
+@pytest.mark.parametrize("solver", ["ddim", *MULTISTEP])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_no_step_but_the_last_reads_a_value_back_from_the_device(mode, solver, per_sample):
+    scheduler = make(mode=mode, window=60, solver=solver, epsilon_scale=1.01)
+    if per_sample:
+        scheduler.shift_per_sample()
     scheduler.set_timesteps(10)
     x = noise(2, 3, 8, 8)
     for t in scheduler.timesteps:
         with CountReads() as counter:
             scheduler.step(0.5 * x, t, x)
-        assert counter.reads <= (scheduler.step_index == 10)
+        assert counter.reads <= (scheduler.step_index == len(scheduler.timesteps))
 
 
-def test_it_works_under_inference_mode():
-    scheduler = make(window=60)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_it_works_under_inference_mode(solver):
+    scheduler = make(window=60, solver=solver)
     scheduler.set_timesteps(10)
+    nominal = scheduler.timesteps.tolist()
     with torch.inference_mode():
         assert torch.isfinite(run(scheduler, gauss_network(scheduler.alphas_cumprod), noise(1, 3, 8, 8))).all()
-    assert scheduler.timesteps.tolist() != list(range(900, -1, -100))
+    assert scheduler.timesteps.tolist() != nominal
 
 
 def test_add_noise_and_get_velocity_are_those_of_stock_ddim():
@@ -622,13 +1040,25 @@ def test_the_rest_of_the_interface_is_stock():
     assert all(torch.equal(a, b) for a, b in zip(as_tuple, as_output.to_tuple(), strict=True))
 
 
-def test_the_file_stands_alone():
-    tree = ast.parse(Path(scheduling_time_shift.__file__).read_text())
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    roots = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    roots |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert roots == {"math", "dataclasses", "typing", "numpy", "torch", "diffusers"}
-    assert hasattr(scheduling_time_shift, "SchedulerMixin")  # diffusers looks it up to reload a saved pipeline
+def test_the_file_stands_alone(tmp_path, monkeypatch):
+    """It loads as remote code, with the siblings that it imports itself, where sfumato is not installed."""
+    file = Path(scheduling_time_shift.__file__)
+    siblings = get_relative_imports(file)  # what loading from the Hub carries along: no further
+    assert sorted(siblings) == ["multistep_solvers", "noise_schedule", "shifted_times"]
+    folder = tmp_path / "remote_code"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    for name in (file.stem, *siblings):
+        assert name == file.stem or get_relative_imports(file.parent / f"{name}.py") == []
+        shutil.copy(file.parent / f"{name}.py", folder)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "sfumato"]:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises
+    module = importlib.import_module("remote_code.scheduling_time_shift")
+    scheduler = module.TimeShiftScheduler(solver="f_pndm", clip_sample=False)
+    scheduler.set_timesteps(10)
+    assert torch.isfinite(run(scheduler, gauss_network(scheduler.alphas_cumprod), noise(1, 3, 8, 8))).all()
+    assert hasattr(module, "SchedulerMixin")  # diffusers looks it up to reload a saved pipeline
 
 
 # ---------------------------------------------------------------- stock pipelines
@@ -664,7 +1094,7 @@ def call(pipe, **kwargs):
     """One call, and the times that the UNet was given in it."""
     seen = []
     hook = pipe.unet.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(int(args[1])), with_kwargs=True
+        lambda module, args, kwargs: seen.append(args[1].item()), with_kwargs=True
     )
     embeds = {"prompt_embeds": torch.ones(1, 4, 8), "negative_prompt_embeds": torch.zeros(1, 4, 8)}
     generator = torch.Generator().manual_seed(0)
@@ -685,6 +1115,65 @@ def test_stable_diffusion_shows_the_unet_exactly_the_times_of_the_schedule(mode,
     if mode != "adm":
         assert (history(pipe.scheduler)[:-1, 0].tolist() == seen[1:]) == (mode == "paper")
     assert torch.equal(call(pipe)[0], latents)
+
+
+@pytest.mark.parametrize("solver", MULTISTEP)
+@pytest.mark.parametrize("mode", MODES)
+def test_stable_diffusion_shows_the_unet_the_further_evaluations_of_multistep_solvers(mode, solver, components):
+    pipe = pipeline(diffusers.StableDiffusionPipeline, components, mode, solver=solver, data_variance=0.25)
+    latents, seen = call(pipe)
+    assert seen == pipe.scheduler.timesteps.tolist()
+    assert len(seen) == {"s_pndm": 11, "f_pndm": 19, "dpmsolver++": 10}[solver]
+    assert len(pipe.scheduler.shifted_timesteps) == 10
+    assert torch.isfinite(latents).all() and torch.equal(call(pipe)[0], latents)
+
+
+@pytest.mark.parametrize("solver", MULTISTEP)
+@pytest.mark.parametrize("strength", [0.3, 0.6, 0.9])
+def test_multistep_solvers_begin_in_the_middle_of_stable_diffusion_img2img(solver, strength, components):
+    pipe = pipeline(diffusers.StableDiffusionImg2ImgPipeline, components, "pnm", solver=solver, data_variance=0.25)
+    latents, seen = call(pipe, image=0.5 * noise(1, 4, 8, 8).float(), strength=strength)
+    begin = 10 - int(10 * strength)
+    assert pipe.scheduler.begin_index == begin
+    assert seen == pipe.scheduler.timesteps.tolist()[begin:]
+    assert torch.isfinite(latents).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "solver", "guidance_scale"),
+    [("paper", "ddim", 1.0), *((mode, solver, 3.0) for mode in MODES for solver in ("ddim", *MULTISTEP))],
+)
+def test_with_a_hooked_unet_a_batch_of_stable_diffusion_is_as_many_single_runs(
+    mode, solver, guidance_scale, components
+):
+    pipe = pipeline(diffusers.StableDiffusionPipeline, components, mode, solver=solver, data_variance=0.25)
+    pipe.scheduler = TimeShiftScheduler.from_config(pipe.scheduler.config, window=400, cutoff=0, clip_sample=False)
+    pipe.unet = deepcopy(pipe.unet).double()
+    latents = noise(3, 4, 8, 8) * torch.tensor([0.3, 0.5, 0.7]).reshape(3, 1, 1, 1)
+    stop = pipe.scheduler.shift_per_sample(pipe.unet)
+    together, times, seen = generate(pipe, latents, guidance_scale)
+    runs = [generate(pipe, latents[k : k + 1], guidance_scale) for k in range(3)]
+    stop()
+    assert any(len(set(row)) > 1 for row in times)
+    own = [row for row in seen if len(set(row)) > 1]
+    assert bool(own) == (mode == "paper" or solver == "f_pndm")
+    assert all(len(row) == (6 if guidance_scale > 1 else 3) and row[:3] == row[-3:] for row in own)
+    for k, (alone, own_times, _) in enumerate(runs):
+        assert (own_times[:, 0] == times[:, k]).all()
+        assert (alone[0] - together[k]).abs().max() < 1e-9 * together[k].abs().max()
+    assert all(len(set(row)) == 1 for row in generate(pipe, latents, guidance_scale)[2])
+
+
+def generate(pipe, latents, guidance_scale):
+    """Latents, the times chosen and the times that the UNet embedded, a list a call."""
+    seen = []
+    hook = pipe.unet.time_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].tolist()))
+    embeds = {"prompt_embeds": torch.ones(1, 4, 8), "negative_prompt_embeds": torch.zeros(1, 4, 8)}
+    embeds = {name: embed.to(latents).expand(len(latents), -1, -1) for name, embed in embeds.items()}
+    options = {"num_inference_steps": 8, "output_type": "latent", "guidance_scale": guidance_scale}
+    images = pipe(**embeds, **options, latents=latents).images
+    hook.remove()
+    return images, history(pipe.scheduler), seen
 
 
 def test_ddpm_is_stochastic_in_a_stock_pipeline_that_was_not_told_eta(components):
@@ -744,18 +1233,25 @@ def test_a_pixel_space_pipeline_runs(mode):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"mode": "deis"}, "`mode` must be one of 'paper', 'pnm', 'adm', got 'deis'"),
+        ({"mode": "deis"}, "`mode` must be one of 'paper', 'pnm', 'adm', 'pndm', got 'deis'"),
         ({"solver": "heun"}, "`solver` must be one of"),
         ({"beta_schedule": "sigmoid"}, "`beta_schedule` must be one of"),
         ({"prediction_type": "flow_prediction"}, "`prediction_type` must be one of"),
         ({"timestep_spacing": "quad"}, "`timestep_spacing` must be one of"),
         ({"window": -1}, "`window` must be a whole number of training steps >= 0, got -1"),
         ({"window": 2.5}, "`window` must be a whole number"),
+        ({"window": 1001}, "`window` must not reach beyond the 1000 training steps .*, got 1001"),
         ({"cutoff": -1}, r"`cutoff` must lie in \[0, 1000\]"),
         ({"cutoff": 1001}, r"`cutoff` must lie in \[0, 1000\]"),
         ({"data_variance": -0.1}, "`data_variance` must be >= 0 or None, got -0.1"),
         ({"data_variance": float("nan")}, "`data_variance` must be >= 0"),
         ({"released": True}, "`released=True` needs mode 'pnm' or 'adm'"),
+        ({"mode": "pndm"}, "pass `released=True`"),
+        (
+            {"mode": "adm", "released": True, "solver": "f_pndm"},
+            "mode 'adm' has the solvers 'ddim', 'ddpm', got 'f_pndm'",
+        ),
+        ({"mode": "pnm", "released": True, "solver": "dpmsolver++"}, "mode 'pnm' has the solvers"),
     ],
     ids=str,
 )
@@ -797,6 +1293,16 @@ def test_a_flow_matching_config_is_refused(stock, loaded, tmp_path):
         ({"steps_offset": 1}, {"num_inference_steps": 1000}, "`steps_offset`"),
         ({"mode": "pnm", "released": True}, {"num_inference_steps": 1}, "at least one"),
         ({"mode": "adm", "released": True}, {"num_inference_steps": 600}, "cannot have 600 steps"),
+        ({"mode": "pndm", "released": True}, {"num_inference_steps": 9}, r"Times must lie in \[0, 998\]"),
+        ({"solver": "f_pndm"}, {"num_inference_steps": 3}, r"'f_pndm' needs at least 4 steps \(3 to warm up\), got 3"),
+        ({"solver": "s_pndm"}, {"num_inference_steps": 1}, r"'s_pndm' needs at least 2 steps \(1 to warm up\), got 1"),
+        ({"solver": "f_pndm"}, {"timesteps": [500, 100]}, "needs at least 4 steps"),
+        ({"solver": "dpmsolver++"}, {"num_inference_steps": 1000}, "fall strictly"),
+        ({"epsilon_scale": 0.0}, {"num_inference_steps": 5}, "`epsilon_scale` must stay above 0"),
+        ({"epsilon_scale_slope": -0.3}, {"num_inference_steps": 5}, "`epsilon_scale` must stay above 0"),
+        ({"epsilon_scale": float("nan")}, {"num_inference_steps": 5}, "`epsilon_scale` must stay above 0"),
+        ({"solver": "s_pndm", **SILENT_END}, {"num_inference_steps": 5}, "At time 999 no signal is left"),
+        ({"epsilon_scale": 1.1, **SILENT_END}, {"num_inference_steps": 5}, "At time 999 no signal is left"),
     ],
     ids=str,
 )
@@ -815,3 +1321,11 @@ def test_an_impossible_step_is_refused_with_the_reason():
             scheduler.step(x, 0, x, eta=eta)
     with pytest.raises(ValueError, match="either `generator` or `variance_noise`"):
         scheduler.step(x, 0, x, eta=1.0, generator=torch.Generator(), variance_noise=x)
+
+
+@pytest.mark.parametrize("solver", MULTISTEP)
+def test_noise_is_refused_by_solvers_that_take_none(solver):
+    scheduler, x = make(solver=solver), noise(1, 3, 8, 8)
+    scheduler.set_timesteps(10)
+    with pytest.raises(ValueError, match="takes no noise, got `eta` 0.5: use 'ddim' or 'ddpm'"):
+        scheduler.step(x, scheduler.timesteps[0], x, eta=0.5)

@@ -1,0 +1,171 @@
+"""Compare samplers in few steps: ``python benchmarks/samplers.py``.
+
+For the pixel model and the latent one, at each number of steps and for each seed: the Fréchet distance between the
+judge's features of generated pictures and of real ones (lower is better; compare only within a table), and the judge's
+accuracy. TimeShiftScheduler's window and cutoff are chosen on one seed and reported on the others.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, PNDMScheduler
+
+import sfumato
+from sfumato import atelier
+from sfumato.arguments import make_parser
+from sfumato.evaluation.judge import Judge
+from sfumato.evaluation.metrics import frechet_distance, wilson
+from sfumato.loading import assets_folder
+
+WINDOWS = (10, 20, 40, 80)
+CUTOFFS = (100, 300, 500, 700)
+
+
+@dataclass
+class SamplersConfig:
+    """What to compare.
+
+    Attributes:
+        pictures: Pictures of each run.
+        steps: Numbers of steps, comma-separated.
+        seeds: Seeds, comma-separated; window and cutoff are chosen on seed 1000.
+        models: ``pixel`` and ``atelier``, comma-separated.
+        data_dir: Folder with Fashion-MNIST's ``*-ubyte.gz`` files; None looks for Debian's package, then the Hub.
+    """
+
+    pictures: int = 600
+    steps: str = "5,10,20,50"
+    seeds: str = "0,1,2"
+    models: str = "pixel,atelier"
+    data_dir: str | None = None
+
+
+class Bench:
+    """A model, what to ask of it, and real pictures to compare with."""
+
+    def __init__(
+        self, judge: Judge, draw: Callable[..., torch.Tensor], truth: torch.Tensor, real: torch.Tensor
+    ) -> None:
+        self.judge, self.draw, self.truth = judge, draw, truth
+        with torch.no_grad():
+            self.real = judge.features(real)
+
+    @torch.no_grad()
+    def score(self, scheduler: Any, steps: int, seed: int) -> tuple[float, int]:
+        """Fréchet distance to the real pictures, and how many garments are recognised."""
+        pictures = self.draw(scheduler, steps, seed)
+        right = self.judge.predict(pictures)["garment"] == self.truth
+        return frechet_distance(self.judge.features(pictures), self.real), int(right.sum())
+
+
+def blue_photos(small: torch.Tensor) -> torch.Tensor:
+    """Enlarge grey garments ``(B, 1, 16, 16)`` in [0, 1] and render them as the judge knows them."""
+    large = F.interpolate(small, scale_factor=2, mode="bilinear")[:, 0, 2:-2, 2:-2].clamp(0, 1)
+    blue = torch.full((len(large),), list(atelier.COLOURS).index("blue"))
+    return atelier.render((255 * large).byte(), torch.zeros_like(blue), blue)
+
+
+def pixel_bench(config: SamplersConfig, judge: Judge) -> tuple[Bench, Any]:
+    """The class-conditional pixel model without guidance."""
+    pipe = sfumato.load("atelier-pixel")
+    pipe.set_progress_bar_config(disable=True)
+    labels = torch.arange(config.pictures) % len(atelier.GARMENTS)
+
+    def draw(scheduler: Any, steps: int, seed: int) -> torch.Tensor:
+        pipe.scheduler = scheduler
+        generator = torch.Generator().manual_seed(seed)
+        small = pipe(labels, num_inference_steps=steps, output_type="pt", return_dict=False, generator=generator)[0]
+        return blue_photos(small)
+
+    images, truth = atelier.find_fashion_mnist(config.data_dir, "test")
+    grey = F.avg_pool2d(F.pad(torch.from_numpy(images[:5000]).float() / 255, (2, 2, 2, 2)).unsqueeze(1), 2)
+    return Bench(judge, draw, labels, blue_photos(grey)), pipe.scheduler.config
+
+
+def latent_bench(config: SamplersConfig, judge: Judge) -> tuple[Bench, Any]:
+    """The text-to-image model at guidance 3."""
+    pipe = sfumato.load("atelier")
+    pipe.set_progress_bar_config(disable=True)
+    garments, styles, colours = list(atelier.GARMENTS), list(atelier.STYLES), list(atelier.COLOURS)
+    index = torch.arange(config.pictures)
+    prompts = [
+        f"a {styles[i // 10 % len(styles)]} of a {colours[i // 40 % len(colours)]} {garments[i % 10]}" for i in index
+    ]
+
+    def draw(scheduler: Any, steps: int, seed: int) -> torch.Tensor:
+        pipe.scheduler = scheduler
+        generator = torch.Generator().manual_seed(seed)
+        parts = [
+            pipe(
+                prompts[k : k + 100], num_inference_steps=steps, guidance_scale=3.0, output_type="pt",
+                generator=generator,
+            ).images
+            for k in range(0, len(prompts), 100)
+        ]  # fmt: skip
+        return torch.cat(parts).float()
+
+    images, _ = atelier.find_fashion_mnist(config.data_dir, "test")
+    look = torch.arange(5000) % (len(styles) * len(colours))
+    real = atelier.render(torch.from_numpy(images[:5000]), look % len(styles), look // len(styles))
+    return Bench(judge, draw, index % 10, real), pipe.scheduler.config
+
+
+def samplers(model: str, bench: Bench, stock: Any, steps: int) -> dict[str, Callable[[], Any]]:
+    """The samplers to compare, by name."""
+    plain = {"clip_sample": False} if model == "atelier" else {}
+    made: dict[str, Callable[[], Any]] = {
+        "DDIM": lambda: DDIMScheduler.from_config(stock),
+        "PNDM": lambda: PNDMScheduler.from_config(stock),
+        "BDIA 0.5": lambda: sfumato.BDIAScheduler.from_config(stock, clip_sample=False, gamma=0.5),
+        "BDIA 1": lambda: sfumato.BDIAScheduler.from_config(stock, clip_sample=False, gamma=1.0),
+        "O-BELM": lambda: sfumato.BELMScheduler.from_config(stock, clip_sample=False, timestep_spacing="trailing"),
+    }
+    if model == "pixel":
+        window, cutoff = tuned(bench, stock, steps)
+        made[f"time shift w{window} c{cutoff}"] = lambda: shifted(stock, window, cutoff, **plain)
+    return made
+
+
+def shifted(stock: Any, window: int, cutoff: int, **options: Any) -> Any:
+    """A time-shift sampler in the mode of the paper."""
+    return sfumato.TimeShiftScheduler.from_config(stock, window=window, cutoff=cutoff, **options)
+
+
+def tuned(bench: Bench, stock: Any, steps: int) -> tuple[int, int]:
+    """Window and cutoff of the least distance on a seed that is not reported."""
+    choices = [(window, cutoff) for window in WINDOWS for cutoff in CUTOFFS]
+    return min(choices, key=lambda choice: bench.score(shifted(stock, *choice), steps, 1000)[0])
+
+
+def row(bench: Bench, make: Callable[[], Any], steps: int, seeds: Sequence[int]) -> dict[str, Any]:
+    """Scores of one sampler over the seeds."""
+    scores = [bench.score(make(), steps, seed) for seed in seeds]
+    distances = torch.tensor([distance for distance, _ in scores])
+    accuracy = wilson(sum(right for _, right in scores), len(seeds) * len(bench.truth))
+    spread = distances.std().item() if len(seeds) > 1 else 0.0
+    return {"distance": distances.mean().item(), "spread": spread, "accuracy": accuracy.as_dict()}
+
+
+def main(config: SamplersConfig) -> None:
+    """Measure, print tables, and JSON."""
+    judge = Judge.load(assets_folder() / "judge")
+    seeds, rows = [int(seed) for seed in config.seeds.split(",")], []
+    for model in config.models.split(","):
+        bench, stock = {"pixel": pixel_bench, "atelier": latent_bench}[model](config, judge)
+        for steps in (int(value) for value in config.steps.split(",")):
+            for name, make in samplers(model, bench, stock, steps).items():
+                rows.append({"model": model, "steps": steps, "sampler": name, **row(bench, make, steps, seeds)})
+                last, accuracy = rows[-1], rows[-1]["accuracy"]
+                print(
+                    f"{model:8} {steps:3} {name:22} {last['distance']:7.2f} ± {last['spread']:.2f}   "
+                    f"{accuracy['value']:.1%} [{accuracy['low']:.1%}, {accuracy['high']:.1%}]", flush=True,
+                )  # fmt: skip
+    print(json.dumps({"pictures": config.pictures, "seeds": seeds, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main(make_parser(SamplersConfig, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()[0])

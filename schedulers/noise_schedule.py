@@ -1,0 +1,132 @@
+"""What the samplers share: noise schedules, time grids, what a prediction stands for, and which step a time means.
+
+Plain functions of a scheduler's config and of tensors; the sampler files import them by relative import, which loading
+from the Hub carries along. Tables are float64. Notation: A = `alphas_cumprod`, x = sqrt(A) x0 + sqrt(1 - A) eps.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+SPACINGS = ("leading", "linspace", "trailing")
+
+
+def check_choices(config: Any, **allowed: Sequence[Any]) -> None:
+    """Raise a ValueError for the first entry of a config that is none of those allowed for its name."""
+    for name, values in allowed.items():
+        if config[name] not in values:
+            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, values))}, got {config[name]!r}.")
+
+
+def require_fraction(name: str, value: float) -> None:
+    """Raise a ValueError unless a value lies in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"`{name}` must lie in [0, 1], got {value}.")
+
+
+def process_of(config: Mapping[str, Any]) -> str:
+    """Tell from another scheduler's config which process its model was trained on: "vp", "flow" or "edm"."""
+    name = str(config.get("_class_name", ""))
+    if "beta_start" not in config and ("sigma_data" in config or name.startswith("EDM")):
+        return "edm"
+    flow = {"shift", "use_dynamic_shifting"} & set(config) or name.startswith("FlowMatch")
+    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        return "flow"
+    return "flow" if "beta_start" not in config and flow else "vp"
+
+
+def require_betas(cls: type, config: Any) -> None:
+    """Raise a ValueError if a config is that of a flow-matching or EDM scheduler, whose model has no betas."""
+    if isinstance(config, Mapping) and process_of(config) != "vp":
+        name = config.get("_class_name", "unnamed")
+        raise ValueError(
+            f"{cls.__name__} needs a schedule of betas (epsilon, sample or v prediction), got a flow-matching"
+            f" config or EDM's ({name}): keep the scheduler that came with the model."
+        )
+
+
+def noise_schedule(config: Any) -> tuple[Tensor, Tensor]:
+    """Betas and `alphas_cumprod` of a config with stock names, `(T,)` each, float64 on the CPU."""
+    count = config.num_train_timesteps
+    if config.trained_betas is not None:
+        betas = np.array(config.trained_betas, dtype=np.float64)
+    elif config.beta_schedule == "linear":
+        betas = np.linspace(config.beta_start, config.beta_end, count)
+    elif config.beta_schedule == "scaled_linear":
+        betas = np.linspace(config.beta_start**0.5, config.beta_end**0.5, count) ** 2
+    else:
+        cosine = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = np.minimum(1 - cosine[1:] / cosine[:-1], 0.999)
+    alphas_cumprod = np.cumprod(1 - betas)
+    if config.rescale_betas_zero_snr:  # arXiv 2305.08891
+        root = np.sqrt(alphas_cumprod)
+        alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        betas = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
+    return torch.from_numpy(betas), torch.from_numpy(alphas_cumprod)
+
+
+def spaced_times(config: Any, steps: int) -> list[int]:
+    """Times of a run of `steps` steps, falling, spaced as stock schedulers do it."""
+    count = config.num_train_timesteps
+    if not 1 <= steps <= count:
+        raise ValueError(f"`num_inference_steps` must lie in [1, {count}] (`num_train_timesteps`), got {steps}.")
+    if config.timestep_spacing == "leading":
+        times = np.arange(steps) * (count // steps) + config.steps_offset
+    elif config.timestep_spacing == "linspace":
+        times = np.linspace(0, count - 1, steps).round()
+    else:
+        times = np.round(np.arange(count, 0, -count / steps))[:steps][::-1] - 1  # with stock's rounding errors
+    return [int(time) for time in times[::-1]]
+
+
+def checked_times(times: Sequence[float], count: int) -> list[int]:
+    """Give the times of a run as integers; a ValueError says what is wrong with them (`count`: training steps)."""
+    if not times or any(time % 1 for time in times) or any(a <= b for a, b in zip(times, times[1:], strict=False)):
+        raise ValueError(f"The times of a run must be whole, fall strictly and be at least one, got {list(times)}.")
+    if times[0] >= count or times[-1] < 0:
+        raise ValueError(
+            f"Times must lie in [0, {count - 1}], got {list(times)}: take fewer steps or another `steps_offset`."
+        )
+    return [int(time) for time in times]
+
+
+def split_prediction(kind: str, output: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Clean sample and noise that a model's output stands for, `x = sqrt(A) x0 + sqrt(1 - A) eps`.
+
+    Args:
+        kind: Prediction type: `"epsilon"`, `"sample"` or `"v_prediction"`.
+        output: The model's output, `(B, ...)`.
+        x: Its input, of the same shape.
+        alpha: A at its time, broadcastable.
+    """
+    signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+    if kind == "epsilon":
+        return (x - noise * output) / signal, output
+    if kind == "sample":
+        return output, (x - signal * output) / noise
+    return signal * x - noise * output, signal * output + noise * x
+
+
+def entry_of(timestep: Any, timesteps: Tensor) -> int | None:
+    """Index in `timesteps` of the entry that `timestep` is a view of; None if it is not one.
+
+    Pipelines iterate over views of the schedule, so an entry's address tells its index, without reading a value back
+    from the device, and also where a time occurs twice.
+    """
+    if not isinstance(timestep, Tensor) or timestep.device != timesteps.device or timestep.dtype != timesteps.dtype:
+        return None
+    if timestep.device.type == "meta" or timestep.numel() != 1:
+        return None
+    offset, rest = divmod(timestep.data_ptr() - timesteps.data_ptr(), timesteps.element_size())
+    return offset if rest == 0 and 0 <= offset < len(timesteps) else None
+
+
+def state_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 where the device has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
