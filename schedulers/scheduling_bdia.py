@@ -20,10 +20,10 @@ import numpy as np
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .coupled import TwoStepMixin
 from .levels import Level
 from .noise_schedule import require_fraction
 from .reversible import LatentPair, ReversibleSchedulerOutput
-from .two_step import TwoStepMixin
 
 __all__ = ["BDIAScheduler", "LatentPair", "ReversibleSchedulerOutput"]
 
@@ -57,7 +57,7 @@ class BDIAScheduler(TwoStepMixin, SchedulerMixin, ConfigMixin):
         gamma (`float`): Weight of the backward integration, in [0, 1]. 1 for inversion; smaller values, such as 0.5 at
             ten steps, draw better pictures in few steps; 0 is DDIM.
         exact (`bool`): Keep the states on a grid, so that inversion gives back every bit (`torch.equal`), whatever the
-            precision of the network; see `two_step.py`. Without it states are float64 and come back to rounding.
+            precision of the network; see `coupled.py`. Without it states are float64 and come back to rounding.
 
     Raises:
         ValueError: For a value outside what is listed above.

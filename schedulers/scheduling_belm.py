@@ -21,10 +21,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
+from .coupled import TwoStepMixin
 from .levels import Level
 from .noise_schedule import noise_schedule  # noqa: F401  loading from the Hub carries along direct imports alone
 from .reversible import LatentPair, ReversibleSchedulerOutput
-from .two_step import TwoStepMixin
 
 __all__ = ["BELMScheduler", "LatentPair", "ReversibleSchedulerOutput"]
 
@@ -60,7 +60,7 @@ class BELMScheduler(TwoStepMixin, SchedulerMixin, ConfigMixin):
         on_edit (`str`): What to do if the latents were changed between two steps, as pipelines for inpainting with a
             four-channel network do: `"raise"` an error, or `"adopt"` them, which gives up exact inversion.
         exact (`bool`): Keep the states on a grid, so that inversion gives back every bit (`torch.equal`), whatever the
-            precision of the network; see `two_step.py`. Without it states are float64 and come back to rounding.
+            precision of the network; see `coupled.py`. Without it states are float64 and come back to rounding.
         released (`bool`): Begin an inversion with the network at time 1, as the released program does.
 
     Raises:

@@ -15,22 +15,24 @@ lower, between the entries of the table, which it interpolates with the weights 
 inexact for odd numbers of them; ours is not.
 """
 
-from typing import Any, Literal
+from dataclasses import replace
+from itertools import pairwise
+from typing import Literal
 
 import numpy as np
-import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from .coupled import Call, CoupledMixin, Move
 from .levels import Given, Level
 from .noise_schedule import require_fraction
-from .reversible import Latent, LatentPair, ReversibleMixin, ReversibleSchedulerOutput
+from .reversible import Latent, LatentPair, ReversibleSchedulerOutput
 
 __all__ = ["EDICTScheduler", "LatentPair", "ReversibleSchedulerOutput"]
 
 
-class EDICTScheduler(ReversibleMixin, SchedulerMixin, ConfigMixin):
+class EDICTScheduler(CoupledMixin, SchedulerMixin, ConfigMixin):
     """Exactly invertible DDIM by coupled latents (EDICT, arXiv 2211.12446), at two network calls a step.
 
     Stands in for stock schedulers: `pipe.scheduler = EDICTScheduler.from_config(pipe.scheduler.config)`. Each time
@@ -132,7 +134,7 @@ class EDICTScheduler(ReversibleMixin, SchedulerMixin, ConfigMixin):
                 " start below it (steps_offset, timestep_spacing)."
             )
         self._steps = []  # (r, c) of each step
-        for now, target in zip(levels, levels[1:], strict=False):
+        for now, target in pairwise(levels):
             signal, noise = self._released_target(now) if self.config.released else (target.signal, target.noise)
             ratio = signal / now.signal
             self._steps.append((ratio, noise - ratio * now.noise))
@@ -146,6 +148,37 @@ class EDICTScheduler(ReversibleMixin, SchedulerMixin, ConfigMixin):
         part = time % 1 or 1.0  # a whole time is looked up as it is
         alpha = (part * alphas[int(time)] + (1 - part) * alphas[min(int(time) + 1, count - 1)]).item()
         return alpha**0.5, (1 - alpha) ** 0.5
+
+    def calls(self, begin: int = 0) -> list[Call]:
+        """See `CoupledMixin.calls`: two calls a step, then the mixing, or, inverting, its undoing."""
+        if begin % 2:
+            raise ValueError(
+                f"EDICT calls the network twice a step and can't begin at call {begin}, in the middle of one; give"
+                " `set_begin_index` an even index (pipelines that assume Heun's layout of timesteps do not)."
+            )
+        inverse, run = self.config.inverse, []
+        origin = 0 if inverse else self._calls[begin]
+        for index in self._calls[begin::2]:
+            leader, follower = (0, 1) if self._leads_with_x(index - origin) else (1, 0)
+            slope, (ratio, gain) = self._levels[index].slope, self._steps[index]
+            moved = Call(follower, ratio, gain * slope[0], gain * slope[1])
+            if inverse:
+                moved = Call(leader, 1 / ratio, -gain / ratio * slope[0], -gain / ratio * slope[1])
+            last = inverse and index == 0
+            run += [moved, replace(moved, seen=1 - moved.seen, then=() if last else self._mixing())]
+        return run
+
+    def _leads_with_x(self, step: int) -> bool:
+        return step % 2 == 0 or not self.config.leapfrog_steps
+
+    def _mixing(self) -> tuple[Move, ...]:
+        """The moves that draw the latents together, or, inverting, apart again."""
+        p = self.config.mixing_coeff
+        if p == 1:
+            return ()
+        if self.config.inverse:
+            return Move(1, 1 / p, (p - 1) / p), Move(0, 1 / p, (p - 1) / p)
+        return Move(0, p, 1 - p), Move(1, p, 1 - p)
 
     def set_pair(self, pair: LatentPair | tuple[Tensor, Tensor]) -> Tensor:
         """Give the next run both latents, x and y, to start from: `scheduler.pair` of the opposite run.
@@ -162,123 +195,23 @@ class EDICTScheduler(ReversibleMixin, SchedulerMixin, ConfigMixin):
         super().set_pair(pair)
         assert self._pending is not None
         if not self.config.inverse:
-            return self._pending.second.value  # the first step moves x by what the network makes of y
+            return self._pending.second.value  # the first call moves x by what the network makes of y
         if self._pending.steps is None and self.config.leapfrog_steps:
             raise ValueError("To invert, EDICT must know how many steps a pair was made with: give a LatentPair.")
-        x, y = self._unmix(self._pending.first.value, self._pending.second.value)
-        return x if self._leads_with_x((self._pending.steps or 1) - 1) else y
+        self._latents = [Latent(latent.value.clone()) for latent in self._pending[:2]]
+        self._apply(self._mixing())
+        return self._latents[0 if self._leads_with_x((self._pending.steps or 1) - 1) else 1].value
 
-    def _leads_with_x(self, step: int) -> bool:
-        return step % 2 == 0 or not self.config.leapfrog_steps
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        eta: float = 0.0,
-        use_clipped_model_output: bool = False,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        return_dict: bool = True,
-    ) -> ReversibleSchedulerOutput | tuple[Tensor, ...]:
-        """Move one of the two latents by what the network made of the other.
-
-        Args:
-            model_output (`torch.Tensor` of shape `(batch, channels, height, width)`): The model's prediction.
-            timestep (`float` or scalar `torch.Tensor`): The time that the model was given, of `timesteps`.
-            sample (`torch.Tensor` of the same shape): What the last step returned, in the model's units.
-            eta (`float`): Must be 0.
-            use_clipped_model_output (`bool`): Without effect, for nothing is clipped; taken for pixel pipelines, which
-                pass it.
-            generator (`torch.Generator` or list of them): Without effect, for nothing is drawn; likewise.
-            return_dict (`bool`): Return a [`ReversibleSchedulerOutput`] rather than a tuple.
-
-        Returns:
-            [`ReversibleSchedulerOutput`], or a tuple with its `prev_sample`: what the network must see next, x at the
-            end; samples in `sample.dtype`.
-
-        Raises:
-            ValueError: Before `set_timesteps`, for `eta` > 0, if a run begins with the second call of a step, or if
-                `sample` is not what the last step returned.
-        """
-        position, begins = self._enter(timestep, sample, eta)
-        output = model_output.to(self._dtype_of(sample))
-        if begins:
-            self._begin_run(position, sample)
-        index, second_call = self._calls[position], position % 2 == 1
-        step = index - (0 if self.config.inverse else self._calls[self._begin])
-        leader, follower = (0, 1) if self._leads_with_x(step) else (1, 0)
-        # Sampling moves the leader by what the network makes of the follower, then the other way round.
-        moved = follower if second_call != self.config.inverse else leader
-        seen = 1 - moved
-        if not begins:
-            state = self._recognise(sample, Latent(self._latents[seen]))
-            self._latents[seen] = state.value
-        level = self._levels[index]
-        slope = self._combine(level.slope, self._latents[seen], output)
-        ratio, gain = self._steps[index]
-        if self.config.inverse:
-            self._latents[moved] = torch.sub(self._latents[moved], slope, alpha=gain).div_(ratio)
-        else:
-            self._latents[moved] = torch.add(self._latents[moved] * ratio, slope, alpha=gain)
-        prediction = self._combine(level.clean, self._latents[seen], output) if return_dict else None
-        fed = self._finish_step(position, step) if second_call else moved
-        previous = self._leave(Latent(self._latents[fed]), sample)
-        if prediction is None:
-            return (previous,)
-        return ReversibleSchedulerOutput(previous, prediction.to(sample.dtype))
-
-    def _begin_run(self, position: int, sample: Tensor) -> None:
-        """Set the coupled latents: those of the pair that was set, or the sample twice."""
-        if position % 2:
-            raise ValueError(
-                f"EDICT calls the network twice a step and can't begin at call {position}, in the middle of one; give"
-                " `set_begin_index` an even index (pipelines that assume Heun's layout of timesteps do not)."
-            )
+    def _begin_run(self, sample: Tensor) -> None:
         pending, self._pending = self._pending, None
-        given = sample.to(self._dtype_of(sample))
-        self._latents = [given, given]
-        if pending is not None:
-            self._latents = [latent.value.to(given) for latent in pending[:2]]
-            if self._latents[0].shape != sample.shape:
-                self._fail("pair")
+        given = (sample, sample) if pending is None else tuple(latent.value for latent in pending[:2])
+        dtype = self._dtype_of(sample)
+        self._latents = [Latent(value.to(sample.device, dtype, copy=True)) for value in given]
         if self.config.inverse:
-            self._latents = list(self._unmix(*self._latents))
+            self._apply(self._mixing())
         if pending is not None:
-            step = self._calls[position] - (0 if self.config.inverse else self._calls[position])
-            seen = self._leads_with_x(step) != self.config.inverse
-            self._alarm("pair", (sample != self._latents[int(seen)].to(sample.dtype)).any())
+            self._check_pair(sample, self._latents[self._run[0].seen])
 
-    def _finish_step(self, position: int, step: int) -> int:
-        """Mix after a step of sampling, or unmix before the next of an inversion; gives the latent to see next."""
-        last = position + 1 == len(self.timesteps)
-        if not self.config.inverse:
-            self._latents = list(self._mix(*self._latents))
-        if last:
-            steps = len(self._steps) - (0 if self.config.inverse else self._calls[self._begin])
-            self.pair = LatentPair(Latent(self._latents[0]), Latent(self._latents[1]), steps)
-            return 0
-        if self.config.inverse:
-            self._latents = list(self._unmix(*self._latents))
-            return 0 if self._leads_with_x(step - 1) else 1
-        return 1 if self._leads_with_x(step + 1) else 0
-
-    def _mix(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        p = self.config.mixing_coeff
-        if p == 1:
-            return x, y
-        x = torch.add(p * x, y, alpha=1 - p)
-        return x, torch.add(p * y, x, alpha=1 - p)
-
-    def _unmix(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        p = self.config.mixing_coeff
-        if p == 1:
-            return x, y
-        y = torch.sub(y, x, alpha=1 - p).div_(p)
-        return torch.sub(x, y, alpha=1 - p).div_(p), y
-
-    @staticmethod
-    def _combine(coefficients: tuple[float, float], x: Tensor, output: Tensor) -> Tensor:
-        if coefficients == (0.0, 1.0):
-            return output
-        return torch.add(coefficients[0] * x, output, alpha=coefficients[1])
+    def result_of(self, run: list[Call]) -> int:
+        """Always x."""
+        return 0

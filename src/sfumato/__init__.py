@@ -23,6 +23,7 @@ _HOMES = {
     "edit": "sfumato.inversion",
     "invert": "sfumato.inversion",
     "load": "sfumato.loading",
+    "sample_with_gradients": "sfumato.gradients",
     "unlearn": "sfumato.unlearning.core",
 }
 
@@ -31,6 +32,7 @@ __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
 if TYPE_CHECKING:
     from sfumato.concepts import Concept as Concept
     from sfumato.evaluation.judge import Judge as Judge
+    from sfumato.gradients import sample_with_gradients as sample_with_gradients
     from sfumato.inversion import edit as edit
     from sfumato.inversion import invert as invert
     from sfumato.loading import load as load

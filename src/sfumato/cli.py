@@ -71,7 +71,9 @@ def _add_editing(commands: Any) -> None:
             command.add_argument("--source-guidance-scale", type=float, default=1.0, help="guidance of the inversion")
         else:
             command.add_argument("--prompt", default="", help="what the picture shows")
-        command.add_argument("--scheduler", default="bdia", help="bdia, belm, edict, ddim, fixed-point or ddpm")
+        command.add_argument(
+            "--scheduler", default="edict" if editing else "bdia", help="bdia, belm, edict, ddim, fixed-point or ddpm"
+        )
         command.add_argument("--exact", action="store_true", help="bdia, belm: keep every bit of the latents")
         command.add_argument("--gamma", type=float, default=None, help="bdia: weight of the backward integration")
         command.add_argument("--num-inference-steps", type=int, default=50, help="steps of the schedule")
@@ -95,10 +97,8 @@ def _edit(options: argparse.Namespace, _: Sequence[str]) -> None:
     )
     if figures["condition_number"] is not None:
         print(f"condition number     {figures['condition_number']:.3g}")
-    noise = figures["noise"]
-    print(
-        f"noise found          mean {noise['mean']:.2f}, std {noise['std']:.2f}, correlation {noise['correlation']:.2f}"
-    )
+    mean, std, correlation = (figures["noise"][name] for name in ("mean", "std", "correlation"))
+    print(f"noise found          mean {mean:.2f}, std {std:.2f}, correlation {correlation:.2f}")
     print(f"pictures and latents {options.output}/comparison.png, {options.output}/inversion.safetensors")
 
 

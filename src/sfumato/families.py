@@ -101,7 +101,7 @@ class PackedLatentSpace(LatentSpace):
         return patches.reshape(batch, height * width // 4, 4 * channels)
 
     def decode(self, latents: torch.Tensor, size: Sequence[int] | None = None) -> torch.Tensor:
-        """Decode tokens of pictures of a size (height, width); returns pictures ``(B, 3, H, W)`` in [0, 1], float32."""
+        """Decode tokens of pictures of a size (height, width); gives pictures ``(B, 3, H, W)`` in [0, 1], float32."""
         if size is None:
             raise ValueError("Tokens do not tell the height and width of their picture: give `size`.")
         rows, columns = (side // (2 * self.pipe.vae_scale_factor) for side in size)

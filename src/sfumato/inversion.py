@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -132,15 +133,23 @@ class Inversion:
         return scheduler
 
     def sample_latents(
-        self, pipe: DiffusionPipeline, prompt: str | Sequence[str] | None = None, guidance_scale: float | None = None
+        self,
+        pipe: DiffusionPipeline,
+        prompt: str | Sequence[str] | None = None,
+        guidance_scale: float | None = None,
+        **pipeline_arguments: Any,
     ) -> torch.Tensor:
         """Draw latents from the noise found; arguments as for `sample`."""
         prompts = self.prompt if prompt is None else _one_each(prompt, len(self.images), "prompt")
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        return _run(pipe, self.scheduler(), self.latents, prompts, scale, self)
+        return _run(pipe, self.scheduler(), self.latents, prompts, scale, self, pipeline_arguments)
 
     def sample(
-        self, pipe: DiffusionPipeline, prompt: str | Sequence[str] | None = None, guidance_scale: float | None = None
+        self,
+        pipe: DiffusionPipeline,
+        prompt: str | Sequence[str] | None = None,
+        guidance_scale: float | None = None,
+        **pipeline_arguments: Any,
     ) -> torch.Tensor:
         """Draw pictures from the noise found.
 
@@ -148,11 +157,13 @@ class Inversion:
             pipe: The pipeline that was inverted, or another of its kind.
             prompt: One for all pictures or one each; None takes those of the inversion, which reconstructs.
             guidance_scale: None takes that of the inversion.
+            **pipeline_arguments: In place of those of the inversion, ``prompt_embeds`` for instance.
 
         Returns:
             Pictures ``(B, 3, H, W)`` in [0, 1], float32.
         """
-        return latent_space_of(pipe).decode(self.sample_latents(pipe, prompt, guidance_scale), self.images.shape[-2:])
+        latents = self.sample_latents(pipe, prompt, guidance_scale, **pipeline_arguments)
+        return latent_space_of(pipe).decode(latents, self.images.shape[-2:])
 
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file, bit for bit; `load` reads it.
@@ -293,11 +304,11 @@ def edit(
     source_prompt: str | Sequence[str],
     target_prompt: str | Sequence[str],
     *,
-    scheduler: Any = "bdia",
+    scheduler: Any = "edict",
     num_inference_steps: int = 50,
     strength: float = 0.8,
     guidance_scale: float = 3.0,
-    source_guidance_scale: float | None = None,
+    source_guidance_scale: float = 1.0,
     generator: torch.Generator | None = None,
     **pipeline_arguments: Any,
 ) -> Edit:
@@ -308,21 +319,21 @@ def edit(
         image: As for `invert`.
         source_prompt: What the picture shows.
         target_prompt: What it is to show.
-        scheduler: As for `invert`.
+        scheduler: As for `invert`; the default, EDICT, draws its two latents together as it samples. BDIA with gamma 1
+            and O-BELM do not: they reconstruct as exactly, but every other step keeps to the source prompt's course.
         num_inference_steps: As for `invert`.
         strength: Share of the steps to take: the less, the closer the result stays to the picture.
         guidance_scale: Guidance towards the target prompt.
-        source_guidance_scale: Guidance of the inversion and the reconstruction; None takes `guidance_scale`.
+        source_guidance_scale: Guidance of the inversion and the reconstruction.
         generator: As for `invert`.
         **pipeline_arguments: As for `invert`.
 
     Returns:
         The `Edit`, with the reconstruction and its errors.
     """
-    source_scale = guidance_scale if source_guidance_scale is None else source_guidance_scale
     found = invert(
         pipe, image, source_prompt, scheduler=scheduler, num_inference_steps=num_inference_steps, strength=strength,
-        guidance_scale=source_scale, generator=generator, **pipeline_arguments,
+        guidance_scale=source_guidance_scale, generator=generator, **pipeline_arguments,
     )  # fmt: skip
     return edit_inverted(pipe, found, target_prompt, guidance_scale)
 
@@ -405,17 +416,21 @@ def _run(
     prompts: list[str],
     guidance_scale: float,
     found: Inversion,
+    changed: Mapping[str, Any] = MappingProxyType({}),
 ) -> torch.Tensor:
     """Run a pipeline's own loop from given latents with another scheduler, and give the latents it ends with."""
     space: LatentSpace = latent_space_of(pipe)
     height, width = found.images.shape[-2:]
+    arguments = {**found.pipeline_arguments, **changed}
+    if "prompt_embeds" not in arguments:
+        arguments["prompt"] = prompts
     usual = pipe.scheduler
     pipe.scheduler = scheduler
     try:
         return pipe(
-            prompt=prompts, latents=latents.to(space.dtype), num_inference_steps=found.num_inference_steps,
+            latents=latents.to(space.dtype), num_inference_steps=found.num_inference_steps,
             guidance_scale=guidance_scale, height=height, width=width, output_type="latent",
-            **found.pipeline_arguments,
+            **arguments,
         ).images  # fmt: skip
     finally:
         pipe.scheduler = usual
