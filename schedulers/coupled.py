@@ -61,6 +61,9 @@ class Call:
 class CoupledMixin(ReversibleMixin):
     """A reversible scheduler of two coupled latents; subclasses give the calls of a run."""
 
+    _latents: list[Latent]  # of the run, ours alone: they are moved in place
+    _run: list[Call]
+
     def calls(self, begin: int = 0) -> list[Call]:
         """What each network call of a run does to the two latents.
 
@@ -124,7 +127,7 @@ class CoupledMixin(ReversibleMixin):
         return (previous,) if prediction is None else ReversibleSchedulerOutput(previous, prediction)
 
     def _begin_run(self, sample: Tensor) -> Latent | None:
-        """Set the latents that a run starts from; gives the one to move to if a pair tells it, whatever the network."""
+        """Set the latents that a run starts from; gives the second one if a pair was set."""
         raise NotImplementedError
 
     def result_of(self, run: list[Call]) -> int:

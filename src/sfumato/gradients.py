@@ -49,7 +49,7 @@ def sample_with_gradients(
     run = scheduler.calls()
     if any(call.keep == 0 for call in run[1:]):
         raise ValueError("gamma=0 is DDIM, which can't be walked back: take gamma > 0.")
-    return _Run.apply(scheduler, run, predict, len(inputs), latents, *inputs, *parameters)  # type: ignore[no-untyped-call]
+    return _Run.apply(scheduler, run, predict, len(inputs), latents, *inputs, *parameters)
 
 
 def guided_predictor(pipe: DiffusionPipeline, guidance_scale: float = 1.0) -> Predictor:

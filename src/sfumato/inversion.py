@@ -196,11 +196,13 @@ class Inversion:
         parts = [
             Latent(*(tensors.get(f"{member}.{field}") for field in Latent._fields)) for member in ("first", "second")
         ]
+        fields: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS}
+        fields |= {name: settings[name] for name in _SETTINGS}
         return cls(
-            **{name: tensors.get(name) for name in _TENSORS}, **{name: settings[name] for name in _SETTINGS},
-            scheduler_class=getattr(import_module(home[name]), name), noise=NoiseStatistics(**settings["noise"]),
+            **fields, scheduler_class=getattr(import_module(home[name]), name),
+            noise=NoiseStatistics(**settings["noise"]),
             pair=LatentPair(*parts, settings["pair_steps"]) if "first.value" in tensors else None,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
 
 _TENSORS = ("latents", "clean_latents", "images", "noises")
