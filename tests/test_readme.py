@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def launch(line, folder, *extra):
 def test_every_block_is_known_to_this_file():
     assert {language for language, _ in BLOCKS} == {"bash", "python"}
     assert set(COMMANDS) == set(RUNS)
-    assert len(PYTHON) == 2
+    assert len(PYTHON) == 3
 
 
 def make_demo(line, folder):
@@ -110,7 +111,45 @@ def train_atelier(line, folder):
     assert (built / "atelier" / "training.png").exists() and (built / "atelier" / "README.md").exists()
 
 
+def step_time(line, folder):
+    words = line.split()
+    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], "--repeats", "1"], folder)
+    assert "x DDIM" in printed
+
+
+def invert(line, folder):
+    words = shlex.split(line)
+    words[2] = str(ROOT / words[2])
+    printed = run([*words, "--num-inference-steps", "4"], folder)
+    assert "latents off by 0.0e+00" in printed and (folder / "inverted" / "comparison.png").exists()
+
+
+def edit(line, folder):
+    invert(next(command for command in COMMANDS if command.startswith("sfumato invert")), folder)
+    run(shlex.split(line), folder)
+    assert (folder / "edited" / "edited.png").exists()
+
+
+def compare_inversions(line, folder):
+    words = line.split()
+    few = ["--pictures", "2", "--steps", "3", "--guidance_scales", "1"]
+    assert "fixed-point" in run([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
+
+
+def edits(line, folder):
+    words = line.split()
+    few = ["--pictures", "2", "--num_inference_steps", "4"]
+    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
+    assert "infedit" in printed and (folder / "edits.png").exists()
+
+
 RUNS = {
+    "python benchmarks/step_time.py --threads 1": step_time,
+    'sfumato invert src/sfumato/assets/renders/120-sandal-photo-red.png --prompt "a photo of a red sandal" --exact '
+    "--output inverted": invert,
+    'sfumato edit inverted --target-prompt "a photo of a blue sandal" --output edited': edit,
+    "python benchmarks/inversion.py": compare_inversions,
+    "python benchmarks/edits.py --output edits.png": edits,
     "make demo": make_demo,
     "make test": make_test,
     "accelerate launch training/salun.py --model atelier --forget sneaker --output out/": salun_job,
@@ -133,7 +172,7 @@ def test_python_block_runs(number, tmp_path):
 
         assert Image.open(tmp_path / "no-sneaker.png").size == (32, 32)
     else:
-        assert "tensor" in printed
+        assert "tensor" in printed or "NoiseStatistics" in printed
 
 
 def test_files_the_readme_points_to_exist():

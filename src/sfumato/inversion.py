@@ -250,6 +250,7 @@ def invert(
     num_inference_steps: int = 50,
     strength: float = 1.0,
     guidance_scale: float = 1.0,
+    latents: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
     **pipeline_arguments: Any,
 ) -> Inversion:
@@ -264,6 +265,7 @@ def invert(
         num_inference_steps: Steps of the schedule.
         strength: Share of the steps to take, from the picture up: at 1 it ends at pure noise.
         guidance_scale: Guidance of the inversion; a reconstruction is exact if it is drawn with the same.
+        latents: Latents in the layout of the pipeline, to invert in place of those that the autoencoder gives.
         generator: Source of the noise of a stochastic scheduler (``"ddpm"``).
         **pipeline_arguments: Passed on to the pipeline, here and in sampling: ``negative_prompt``, for instance.
 
@@ -278,7 +280,7 @@ def invert(
     images = space.preprocess(image)
     prompts = _one_each(prompt, len(images), "prompt")
     walker = type(sampler).from_config(sampler.config, inverse=True)
-    clean = space.encode(images)
+    clean = space.encode(images) if latents is None else latents.to(space.device, space.dtype)
     start = clean
     if hasattr(walker, "set_source"):  # it must know the times to draw its noise
         walker.set_timesteps(num_inference_steps)
