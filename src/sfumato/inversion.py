@@ -193,16 +193,21 @@ class Inversion:
             raise ValueError(f"{path} holds no inversion; give a file written by Inversion.save or `sfumato invert`.")
         home = {name: module for module, name, _ in SCHEDULERS.values()}
         name = settings["scheduler_class"]
-        parts = [
-            Latent(*(tensors.get(f"{member}.{field}") for field in Latent._fields)) for member in ("first", "second")
-        ]
+        first, second = (_latent(tensors, member) for member in ("first", "second"))
+        pair = LatentPair(first, second, settings["pair_steps"]) if first and second else None
         fields: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS}
         fields |= {name: settings[name] for name in _SETTINGS}
         return cls(
             **fields, scheduler_class=getattr(import_module(home[name]), name),
-            noise=NoiseStatistics(**settings["noise"]),
-            pair=LatentPair(*parts, settings["pair_steps"]) if "first.value" in tensors else None,
+            noise=NoiseStatistics(**settings["noise"]), pair=pair,
         )  # fmt: skip
+
+
+def _latent(tensors: Mapping[str, torch.Tensor], member: str) -> Latent | None:
+    """One latent of a saved pair; None if there was no pair."""
+    if f"{member}.value" not in tensors:
+        return None
+    return Latent(tensors[f"{member}.value"], tensors.get(f"{member}.whole"), tensors.get(f"{member}.fraction"))
 
 
 _TENSORS = ("latents", "clean_latents", "images", "noises")
