@@ -17,6 +17,7 @@ itself will do, whatever its precision. The grid's spacing is at most GRID = 2^-
 2^22 = 4e6 where c = 1.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .levels import Level
+from .noise_schedule import state_dtype
 from .reversible import Latent, LatentPair, ReversibleMixin, ReversibleSchedulerOutput
 
 GRID = 2.0**-40
@@ -58,12 +60,13 @@ class Call:
     then: tuple[Move, ...] = ()
 
 
-class CoupledMixin(ReversibleMixin):
+class CoupledMixin(ReversibleMixin, ABC):
     """A reversible scheduler of two coupled latents; subclasses give the calls of a run."""
 
     _latents: list[Latent]  # of the run, ours alone: they are moved in place
     _run: list[Call]
 
+    @abstractmethod
     def calls(self, begin: int = 0) -> list[Call]:
         """What each network call of a run does to the two latents.
 
@@ -73,7 +76,6 @@ class CoupledMixin(ReversibleMixin):
         Returns:
             One `Call` for every entry of ``timesteps[begin:]``.
         """
-        raise NotImplementedError
 
     def step(
         self,
@@ -105,7 +107,7 @@ class CoupledMixin(ReversibleMixin):
             ValueError: Before `set_timesteps`, for `eta` > 0, or if `sample` is not what the last step returned.
         """
         position, begins = self._enter(timestep, sample, eta)
-        output = model_output.to(self._dtype_of(sample))
+        output = model_output.to(state_dtype(sample.device))
         if begins:
             self._run = self.calls(position)
             second = self._begin_run(sample)
@@ -126,17 +128,13 @@ class CoupledMixin(ReversibleMixin):
         previous = self._leave(self._latents[shown], sample)
         return (previous,) if prediction is None else ReversibleSchedulerOutput(previous, prediction)
 
+    @abstractmethod
     def _begin_run(self, sample: Tensor) -> Latent | None:
         """Set the latents that a run starts from; gives the second one if a pair was set."""
-        raise NotImplementedError
 
+    @abstractmethod
     def result_of(self, run: list[Call]) -> int:
         """Index of the latent that is the result of a run."""
-        raise NotImplementedError
-
-    def state_dtype(self, sample: Tensor) -> torch.dtype:
-        """The dtype in which states are kept beside samples like this one."""
-        return self._dtype_of(sample)
 
     def _check_pair(self, sample: Tensor, latent: Latent) -> None:
         """Raise an error if the sample that a run begins with is not the rounded latent of the pair that was set."""
@@ -170,9 +168,9 @@ class TwoStepMixin(CoupledMixin):
             the largest product of 1 / g over the last steps of the schedule.
     """
 
+    @abstractmethod
     def _gain(self, noisy: Level, now: Level, clean: Level) -> float:
         """The gain g of a step of sampling, from the noisy neighbour to the clean one; 0 for DDIM."""
-        raise NotImplementedError
 
     def _plan(self) -> None:
         levels, path = self._levels, self._path
@@ -228,7 +226,7 @@ class TwoStepMixin(CoupledMixin):
         pending, self._pending = self._pending, None
         index, after = self._path[self._begin], self._path[self._begin + 1]
         if pending is None:
-            self._latents = [self._snap(sample.to(self._dtype_of(sample), copy=True), index)] * 2
+            self._latents = [self._snap(sample.to(state_dtype(sample.device), copy=True), index)] * 2
             return None
         first, second = (
             self._adopted(latent, level, sample) for latent, level in zip(pending[:2], (index, after), strict=True)
@@ -241,7 +239,7 @@ class TwoStepMixin(CoupledMixin):
         """A latent of a pair, as our own copy, in the representation and on the device of this run."""
         if self.config.exact and latent.whole is not None:
             return Latent(*(part.to(sample.device, copy=True) for part in latent if part is not None))
-        return self._snap(latent.value.to(sample.device, self._dtype_of(sample), copy=True), index)
+        return self._snap(latent.value.to(sample.device, state_dtype(sample.device), copy=True), index)
 
     def result_of(self, run: list[Call]) -> int:
         """The latent that the last call moved."""

@@ -183,17 +183,10 @@ class ReversibleMixin:
             return edm_levels(config, steps, sigmas)
         if sigmas is not None:
             raise ValueError("`sigmas` are for flow-matching and EDM models: give `timesteps` here.")
+        final_alpha = 1.0 if config.set_alpha_to_one else self.alphas_cumprod[0].item()
         return vp_levels(
-            config,
-            self.alphas_cumprod,
-            steps,
-            timesteps,
-            final_alpha=self._final_alpha(),
-            clean_time=self._clean_time(),
+            config, self.alphas_cumprod, steps, timesteps, final_alpha=final_alpha, clean_time=self._clean_time()
         )
-
-    def _final_alpha(self) -> float:
-        return 1.0 if self.config.set_alpha_to_one else self.alphas_cumprod[0].item()
 
     def _clean_time(self) -> int:
         return 0
@@ -285,9 +278,6 @@ class ReversibleMixin:
             return Latent(torch.where(same, state.value, sample.to(state.value.dtype)))
         self._alarm("edited", (sample != state.value.to(sample.dtype)).any())
         return state
-
-    def _dtype_of(self, sample: Tensor) -> torch.dtype:
-        return state_dtype(sample.device)
 
     def _leave(self, state: Latent, sample: Tensor) -> Tensor:
         """Round a state to the dtype of the samples, and remember what is handed out.

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .coupled import Call, CoupledMixin, Move
 from .levels import Given, Level
-from .noise_schedule import require_fraction
+from .noise_schedule import require_fraction, state_dtype
 from .reversible import Latent, LatentPair, ReversibleSchedulerOutput
 
 __all__ = ["EDICTScheduler", "LatentPair", "ReversibleSchedulerOutput"]
@@ -205,7 +205,7 @@ class EDICTScheduler(CoupledMixin, SchedulerMixin, ConfigMixin):
     def _begin_run(self, sample: Tensor) -> None:
         pending, self._pending = self._pending, None
         given = (sample, sample) if pending is None else tuple(latent.value for latent in pending[:2])
-        dtype = self._dtype_of(sample)
+        dtype = state_dtype(sample.device)
         self._latents = [Latent(value.to(sample.device, dtype, copy=True)) for value in given]
         if self.config.inverse:
             self._apply(self._mixing())

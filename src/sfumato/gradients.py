@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from sfumato.families import family_of
+from sfumato.schedulers.noise_schedule import state_dtype
 
 __all__ = ["guided_predictor", "sample_with_gradients"]
 
@@ -84,7 +85,7 @@ class _Run(torch.autograd.Function):
     def forward(
         ctx: Any, scheduler: Any, run: Any, predict: Predictor, count: int, latents: Tensor, *rest: Tensor
     ) -> Any:
-        state = [latents.to(scheduler.state_dtype(latents), copy=True) for _ in range(2)]
+        state = [latents.to(state_dtype(latents.device), copy=True) for _ in range(2)]
         for call, t in zip(run, scheduler.timesteps, strict=True):
             out = predict(scheduler.scale_model_input(state[call.seen].to(latents.dtype), t), t, *rest[:count])
             moved = 1 - call.seen
