@@ -23,7 +23,7 @@ from sfumato import atelier, storage
 from sfumato.concepts import VOCABULARY_FILE, Vocabulary
 from sfumato.evaluation.generation import draw
 from sfumato.evaluation.judge import Judge
-from sfumato.evaluation.metrics import frechet_distance, wilson
+from sfumato.evaluation.metrics import frechet_distance, psnr, wilson
 from sfumato.pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from sfumato.randomness import randint_for
 from sfumato.training import atelier_networks as networks
@@ -135,7 +135,7 @@ def measure(
         "real": _accuracies(judge, real, truth),
         "reconstructed": _accuracies(judge, restored, truth),
         "generated": _accuracies(judge, drawn, asked),
-        "reconstruction_psnr": float(-10 * (restored - real).pow(2).mean(dim=(1, 2, 3)).log10().mean()),
+        "reconstruction_psnr": psnr(restored, real),
         "frechet_generated_to_real": frechet_distance(features[2], features[0]),
         "frechet_real_to_real": frechet_distance(features[1], features[0]),
         "pictures": {"real": len(real), "generated": len(drawn)},

@@ -19,6 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from sfumato import storage
+from sfumato.evaluation.metrics import psnr
 from sfumato.families import LatentSpace, latent_space_of
 from sfumato.schedulers.reversible import Latent, LatentPair
 
@@ -366,12 +367,6 @@ def edit_inverted(
         autoencoder_psnr=psnr(autoencoded, found.images),
         reconstruction_psnr=psnr(reconstructions, found.images),
     )
-
-
-def psnr(images: torch.Tensor, references: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio of pictures ``(B, 3, H, W)`` in [0, 1], in dB, averaged over pictures."""
-    error = (images.double() - references.to(images.device).double()).square().flatten(1).mean(1)
-    return (-10 * error.clamp(min=1e-20).log10()).mean().item()
 
 
 def make_sampler(pipe: DiffusionPipeline, name: str, **options: Any) -> Any:

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sfumato.evaluation.metrics import Proportion, frechet_distance, wilson
+from sfumato.evaluation.metrics import Proportion, frechet_distance, psnr, wilson
 
 Z2 = 3.841458820694124  # the square of the normal quantile at 0.975
 
@@ -136,3 +136,10 @@ def test_frechet_is_computed_in_float64() -> None:
 def test_frechet_names_what_is_wrong(a: torch.Tensor, b: torch.Tensor, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         frechet_distance(a, b)
+
+
+def test_psnr_is_the_mean_over_pictures_of_the_ratio_to_a_peak_of_one():
+    references = torch.full((2, 3, 4, 4), 0.5)
+    images = references + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
+    assert psnr(images, references) == pytest.approx((20 + 40) / 2, abs=1e-4)
+    assert psnr(references, references) == pytest.approx(200)

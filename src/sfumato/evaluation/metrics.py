@@ -9,7 +9,7 @@ from statistics import NormalDist
 
 import torch
 
-__all__ = ["Proportion", "frechet_distance", "wilson"]
+__all__ = ["Proportion", "frechet_distance", "psnr", "wilson"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,12 @@ def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     overlap = eigenvalues.clamp(min=0).sqrt().sum()  # the trace of the root of the product
     distance = (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * overlap
     return max(float(distance), 0.0)  # rounding can leave equal sets a hair below zero
+
+
+def psnr(images: torch.Tensor, references: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio of pictures ``(B, 3, H, W)`` in [0, 1], in dB, averaged over pictures."""
+    error = (images.double() - references.to(images.device).double()).square().flatten(1).mean(1)
+    return (-10 * error.clamp(min=1e-20).log10()).mean().item()
 
 
 def _check_features(a: torch.Tensor, b: torch.Tensor) -> None:
