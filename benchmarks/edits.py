@@ -14,12 +14,13 @@ from PIL import Image
 import sfumato
 from sfumato import DDCMScheduler, InfEditPipeline, Judge, atelier
 from sfumato.arguments import make_parser
-from sfumato.evaluation.report import picture_grid
+from sfumato.evaluation.report import label_rows, picture_grid
 from sfumato.families import latent_space_of
 from sfumato.inversion import SCHEDULERS
 from sfumato.loading import assets_folder
 
 METHODS = (*SCHEDULERS, "infedit")
+LABELS = ("original", "BDIA", "O-BELM", "EDICT", "DDIM", "fixed point", "edit-friendly DDPM", "InfEdit")
 
 
 @dataclass
@@ -86,7 +87,8 @@ def main(config: EditsConfig) -> None:
         print(f"{method:12} colour changed {changed}/{len(chosen)}, garment and style kept {kept}/{len(chosen)}")
     print(json.dumps(results))
     if config.output:
-        picture_grid(torch.stack([strip[: config.shown] for strip in strips])).save(config.output)
+        grid = picture_grid(torch.stack([strip[: config.shown] for strip in strips]))
+        label_rows(grid, LABELS).save(config.output)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from sfumato.evaluation.report import (
     MetricRow,
     Report,
     Table,
+    label_rows,
     loss_curve_svg,
     picture_grid,
     plain_table,
@@ -39,6 +40,18 @@ def metric_rows() -> list[MetricRow]:
         MetricRow("CRA", "Styles and colours kept.", wilson(396, 400), wilson(390, 400), "at least 98 %", False),
         MetricRow("IRA", "Other garments kept.", wilson(0, 7), wilson(7, 7)),
     ]
+
+
+def test_each_row_of_a_grid_has_its_label_beside_it():
+    grid = picture_grid(pictures(), scale=6)
+    labelled = label_rows(grid, ["short", "a longer label"])
+    assert labelled.height == grid.height and labelled.mode == "RGB"
+    width = labelled.width - grid.width
+    assert np.array_equal(np.asarray(labelled)[:, width:], np.asarray(grid))
+    ink = np.asarray(labelled.crop((0, 0, width, grid.height)).convert("L")) < 128
+    above, below = ink[: grid.height // 2], ink[grid.height // 2 :]
+    assert 0 < above.any(0).sum() < below.any(0).sum() < width
+    assert not above[:3].any() and not below[-3:].any()
 
 
 def history(steps: int = 50) -> list[dict[str, float]]:

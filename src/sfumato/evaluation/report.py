@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from sfumato import storage
 from sfumato.evaluation.metrics import Proportion
@@ -33,6 +33,7 @@ __all__ = [
     "MetricRow",
     "Report",
     "Table",
+    "label_rows",
     "loss_curve_svg",
     "picture_grid",
     "plain_table",
@@ -227,6 +228,28 @@ def picture_grid(pictures: torch.Tensor, scale: int = 3, gap: int = 2) -> Image.
     sheet = padded.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows * h, columns * w, 3)
     sheet = sheet[: sheet.shape[0] - gap, : sheet.shape[1] - gap]
     return Image.fromarray((sheet * 255).round().to(torch.uint8).contiguous().numpy())
+
+
+def label_rows(image: Image.Image, labels: Sequence[str], size: int = 13) -> Image.Image:
+    """Write a label to the left of each row of a picture grid.
+
+    Args:
+        image: What `picture_grid` gave.
+        labels: One for each row, from the top.
+        size: Height of the letters, in pixels.
+
+    Returns:
+        An RGB picture of the same height.
+    """
+    font = ImageFont.load_default(size)
+    width = max(math.ceil(font.getlength(label)) for label in labels) + size
+    sheet = Image.new("RGB", (width + image.width, image.height), "white")
+    sheet.paste(image, (width, 0))
+    draw = ImageDraw.Draw(sheet)
+    for row, label in enumerate(labels):
+        middle = (row + 0.5) * image.height / len(labels)
+        draw.text((width - size / 2, middle), label, "black", font, anchor="rm")
+    return sheet
 
 
 def _check_pictures(pictures: torch.Tensor, name: str) -> None:
