@@ -209,7 +209,7 @@ class TwoStepMixin(CoupledMixin):
         for other, now, target in steps:
             clean, noisy = max(other, target), min(other, target)
             sides = (self._levels[now].to(self._levels[index]) for index in (clean, noisy))
-            spacings = (GRID * self._scales[index] for index in (clean, noisy))
+            spacings = (self._spacing(index) for index in (clean, noisy))
             ahead, behind = ([c / unit for c in side] for side, unit in zip(sides, spacings, strict=True))
             self._deltas.append((ahead[0] - behind[0], ahead[1] - behind[1]))
 
@@ -224,7 +224,8 @@ class TwoStepMixin(CoupledMixin):
 
     def _begin_run(self, sample: Tensor) -> Latent | None:
         pending, self._pending = self._pending, None
-        index, after = self._path[self._begin], self._path[self._begin + 1]
+        step = self._begin // self.order
+        index, after = self._path[step], self._path[step + 1]
         if pending is None:
             self._latents = [self._snap(sample.to(state_dtype(sample.device), copy=True), index)] * 2
             return None
@@ -251,21 +252,28 @@ class TwoStepMixin(CoupledMixin):
         seen, other = self._latents[call.seen].value, self._latents[1 - call.seen]
         if call.keep == 0:
             return self._snap(torch.add(call.add * seen, output, alpha=call.output), self._path[position + 1])
-        assert other.whole is not None and other.fraction is not None
         x, out = self._deltas[position - 1]
-        delta = torch.add(x * seen, output, alpha=out).round_()
+        return self._moved_on_grid(other, torch.add(x * seen, output, alpha=out), self._path[position + 1])
+
+    def _moved_on_grid(self, other: Latent, delta: Tensor, index: int) -> Latent:
+        """The state at a level, from the state before on the way and `delta / GRID`."""
+        assert other.whole is not None and other.fraction is not None
+        delta = delta.round()
         self._alarm("overflow", ~(delta.abs() < _LIMIT).all())
         delta = delta.to(torch.int64)
         whole = other.whole - delta if self.config.inverse else other.whole + delta
         self._alarm("overflow", (whole.abs() >= _LIMIT).any())
-        spacing = GRID * self._scales[self._path[position + 1]]
-        return Latent(whole.to(output.dtype) * spacing + other.fraction, whole, other.fraction)
+        return Latent(whole.to(other.value.dtype) * self._spacing(index) + other.fraction, whole, other.fraction)
+
+    def _spacing(self, index: int) -> float:
+        """Spacing of the grid at a level."""
+        return GRID * self._scales[index]
 
     def _snap(self, value: Tensor, index: int) -> Latent:
         """Make a state of a value at a level; with `exact`, put it on the grid and keep what is beyond it."""
         if not self.config.exact:
             return Latent(value)
-        spacing = GRID * self._scales[index]
+        spacing = self._spacing(index)
         whole = (value / spacing).round_()
         self._alarm("overflow", ~(whole.abs() < _LIMIT).all())
         state = whole.to(torch.int64)

@@ -104,9 +104,12 @@ class ReversibleMixin:
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in [`ConfigMixin`]; tells from a stock scheduler's config whether it is of betas, of a flow or EDM's."""
-        if isinstance(config, dict) and "process" not in config and process_of(config) != "vp":
-            kwargs = {"process": process_of(config), **kwargs}
+        """As in [`ConfigMixin`]; tells from a stock scheduler's config whether it is of betas, of a flow or EDM's.
+
+        Raises a ValueError if it is none of these.
+        """
+        if isinstance(config, dict) and "process" not in config and (process := process_of(config)) != "vp":
+            kwargs = {"process": process, **kwargs}
             if "flow_shift" in config and kwargs["process"] == "flow":  # DPM-Solver and UniPC call it that
                 kwargs = {"shift": config["flow_shift"], **kwargs}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)  # type: ignore[misc]
@@ -249,8 +252,8 @@ class ReversibleMixin:
         on_host = not isinstance(timestep, Tensor) or timestep.device.type == "cpu"
         if expected is not None and expected < count and not (on_host and self._times[expected] != float(timestep)):
             return expected
-        distances = [abs(time - float(timestep)) for time in self._times]
-        return distances.index(min(distances))
+        distances = [abs(time - float(timestep)) for time in self._times[:: self.order]]
+        return self.order * distances.index(min(distances))
 
     def _enter(self, timestep: Any, sample: Tensor, eta: float) -> tuple[int, bool]:
         """Position of a step, and whether a run begins with it."""

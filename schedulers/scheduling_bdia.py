@@ -7,7 +7,8 @@ arXiv 2307.10829. With u the noisier and s the cleaner neighbour of time t, and 
     invert   x_u = Phi(t -> u) + (x_s - Phi(t -> s)) / gamma
 
 The first step is DDIM's. Exact for every gamma in (0, 1]; an inversion multiplies errors by about 1 / gamma a step.
-gamma = 1 amplifies nothing, gamma = 0 is DDIM. For EDM and flow matching Phi is the Euler step; the published form.
+gamma = 1 amplifies nothing, gamma = 0 is DDIM. For EDM and flow matching Phi is the Euler step, or, with `solver`,
+Heun's; the authors released no program for EDM that would tell which increments theirs takes.
 Deviations from the released programs (commit d4c9518): neighbours come from the list of times, so that any spacing and
 number of steps will do; eta, half applied there, must be 0; an inversion begins with a step from time 0, where theirs
 begins with a call at a negative time whose result has no weight. Their grids: `timestep_spacing="leading"` and
@@ -21,14 +22,15 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .coupled import TwoStepMixin
+from .heun import HeunMixin
 from .levels import Level
-from .noise_schedule import require_fraction
+from .noise_schedule import check_choices, require_fraction
 from .reversible import LatentPair, ReversibleSchedulerOutput
 
 __all__ = ["BDIAScheduler", "LatentPair", "ReversibleSchedulerOutput"]
 
 
-class BDIAScheduler(TwoStepMixin, SchedulerMixin, ConfigMixin):
+class BDIAScheduler(HeunMixin, TwoStepMixin, SchedulerMixin, ConfigMixin):
     """Exactly invertible DDIM, Euler for flows and EDM (BDIA, arXiv 2307.10829), at one network call a step.
 
     Stands in for stock schedulers: `pipe.scheduler = BDIAScheduler.from_config(pipe.scheduler.config)`. To invert,
@@ -58,6 +60,9 @@ class BDIAScheduler(TwoStepMixin, SchedulerMixin, ConfigMixin):
             ten steps, draw better pictures in few steps; 0 is DDIM.
         exact (`bool`): Keep the states on a grid, so that inversion gives back every bit (`torch.equal`), whatever the
             precision of the network; see `coupled.py`. Without it states are float64 and come back to rounding.
+        solver (`str`): The increments Phi: `"euler"` (DDIM for models with betas) or `"heun"`, of second order, at
+            three network calls a step; see `heun.py`. Flux's image-to-image pipeline takes calls for steps: give it
+            `1 - (1 - strength) / 3`.
 
     Raises:
         ValueError: For a value outside what is listed above.
@@ -100,8 +105,10 @@ class BDIAScheduler(TwoStepMixin, SchedulerMixin, ConfigMixin):
         on_edit: Literal["raise", "adopt"] = "raise",
         gamma: float = 1.0,
         exact: bool = False,
+        solver: Literal["euler", "heun"] = "euler",
     ) -> None:
         require_fraction("gamma", gamma)
+        check_choices(self.config, solver=("euler", "heun"))
         self._start()
 
     def _gain(self, noisy: Level, now: Level, clean: Level) -> float:

@@ -37,7 +37,9 @@ class EDICTScheduler(CoupledMixin, SchedulerMixin, ConfigMixin):
 
     Stands in for stock schedulers: `pipe.scheduler = EDICTScheduler.from_config(pipe.scheduler.config)`. Each time
     occurs twice in `timesteps`, once for each latent. To invert, hand a pipeline with `inverse=True` clean latents;
-    then `pair` holds both latents that [`~EDICTScheduler.set_pair`] of the sampling scheduler asks for.
+    then `pair` holds both latents that [`~EDICTScheduler.set_pair`] of the sampling scheduler asks for. Two pipelines
+    mistake a scheduler of two calls a step: SDXL's refiner with `denoising_start` expects Heun's layout of times, so
+    it is refused; Flux's image-to-image pipeline takes calls for steps: give it `1 - (1 - strength) / 2`.
 
     Args:
         num_train_timesteps (`int`): Length T of the training schedule.

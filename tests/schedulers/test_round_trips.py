@@ -2,6 +2,7 @@
 
 import math
 
+import diffusers
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 CASES = {
     "BDIA": (BDIAScheduler, {}),
     "BDIA, 0.94": (BDIAScheduler, {"gamma": 0.94}),
+    "BDIA, Heun": (BDIAScheduler, {"solver": "heun"}),
     "BELM": (BELMScheduler, {"timestep_spacing": "trailing"}),
     "EDICT": (EDICTScheduler, {}),
     "EDICT, no leapfrog": (EDICTScheduler, {"leapfrog_steps": False}),
@@ -28,10 +30,12 @@ EXACT = {
         BDIAScheduler,
         {**SD, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
     ),
+    "BDIA, Heun": (BDIAScheduler, {**SD, "solver": "heun"}),
     "BDIA, flow": (BDIAScheduler, {"process": "flow"}),
     "BDIA, flow, shift 3": (BDIAScheduler, {"process": "flow", "shift": 3.0}),
     "BDIA, flow, 0.94": (BDIAScheduler, {"process": "flow", "gamma": 0.94}),
     "BDIA, edm": (BDIAScheduler, {"process": "edm"}),
+    "BDIA, edm, Heun": (BDIAScheduler, {"process": "edm", "solver": "heun"}),
     "BELM, trailing": (BELMScheduler, {**SD, "timestep_spacing": "trailing"}),
     "BELM, linspace": (BELMScheduler, {**SD, "timestep_spacing": "linspace"}),
     "BELM, flow": (BELMScheduler, {"process": "flow"}),
@@ -275,3 +279,27 @@ def test_runs_that_the_grid_cannot_hold_are_refused_before_they_start(cls, confi
     for inverse in (False, True):
         with pytest.raises(ValueError, match=message):
             cls(**config, exact=True, inverse=inverse).set_timesteps(steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_gives_back_every_bit_with_a_network_of_the_size_of_stable_diffusion(dtype):
+    """860 million random weights at guidance 7.5; slow, and 3.4 GB."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(sample_size=8, cross_attention_dim=768).to(dtype)
+    assert unet.num_parameters() == 859_520_964
+    text = noise(2, 77, 768, seed=1, dtype=dtype)
+    for cls, config in (BDIAScheduler, SD), (BELMScheduler, {**SD, "timestep_spacing": "trailing"}):
+        x = noise(1, 4, 8, 8, dtype=dtype)
+        there, back = (cls(**config, exact=True, inverse=inverse) for inverse in (True, False))
+        out = x
+        for scheduler in (there, back):
+            scheduler.set_timesteps(10)
+            if scheduler is back:
+                out = back.set_pair(there.pair).to(dtype)
+            for t in scheduler.timesteps:
+                with torch.no_grad():
+                    free, wanted = unet(torch.cat([out] * 2), t, text).sample.chunk(2)
+                out = scheduler.step(free + 7.5 * (wanted - free), t, out, return_dict=False)[0]
+        assert torch.equal(out, x)
+        assert (there.pair.first.value - x.double()).abs().max() > 0.1
