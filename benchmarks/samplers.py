@@ -2,7 +2,8 @@
 
 For the pixel model and the latent one, at each number of steps and for each seed: the Fréchet distance between the
 judge's features of generated pictures and of real ones (lower is better; compare only within a table), and the judge's
-accuracy. TimeShiftScheduler's window and cutoff are chosen on one seed and reported on the others.
+accuracy. `sfumato.tune_time_shift` chooses the window and the cutoff of the time shift, with real pictures of the
+training split and a seed of its own.
 """
 
 import json
@@ -21,9 +22,6 @@ from sfumato.evaluation.judge import Judge
 from sfumato.evaluation.metrics import frechet_distance, wilson
 from sfumato.loading import assets_folder
 
-WINDOWS = (10, 20, 40, 80)
-CUTOFFS = (100, 300, 500, 700)
-
 
 @dataclass
 class SamplersConfig:
@@ -32,12 +30,12 @@ class SamplersConfig:
     Attributes:
         pictures: Pictures of each run.
         steps: Numbers of steps, comma-separated.
-        seeds: Seeds, comma-separated; window and cutoff are chosen on seed 1000.
+        seeds: Seeds, comma-separated; window and cutoff are chosen on seed 1000 and other real pictures.
         models: ``pixel`` and ``atelier``, comma-separated.
         data_dir: Folder with Fashion-MNIST's ``*-ubyte.gz`` files; None looks for Debian's package, then the Hub.
     """
 
-    pictures: int = 600
+    pictures: int = 400
     steps: str = "5,10,20,50"
     seeds: str = "0,1,2"
     models: str = "pixel,atelier"
@@ -45,12 +43,17 @@ class SamplersConfig:
 
 
 class Bench:
-    """A model, what to ask of it, and real pictures to compare with."""
+    """A model, what to ask of it, real pictures to compare with, and what tunes the time shift."""
 
     def __init__(
-        self, judge: Judge, draw: Callable[..., torch.Tensor], truth: torch.Tensor, real: torch.Tensor
+        self,
+        judge: Judge,
+        draw: Callable[..., torch.Tensor],
+        truth: torch.Tensor,
+        real: torch.Tensor,
+        tune: Any = None,
     ) -> None:
-        self.judge, self.draw, self.truth = judge, draw, truth
+        self.judge, self.draw, self.truth, self.tune = judge, draw, truth, tune
         with torch.no_grad():
             self.real = judge.features(real)
 
@@ -81,9 +84,20 @@ def pixel_bench(config: SamplersConfig, judge: Judge) -> tuple[Bench, Any]:
         small = pipe(labels, num_inference_steps=steps, output_type="pt", return_dict=False, generator=generator)[0]
         return blue_photos(small)
 
-    images, truth = atelier.find_fashion_mnist(config.data_dir, "test")
-    grey = F.avg_pool2d(F.pad(torch.from_numpy(images[:5000]).float() / 255, (2, 2, 2, 2)).unsqueeze(1), 2)
-    return Bench(judge, draw, labels, blue_photos(grey)), pipe.scheduler.config
+    def tune(steps: int, solver: str) -> Any:
+        return sfumato.tune_time_shift(
+            pipe, grey_garments(config, "train"), num_inference_steps=steps, seed=1000, class_labels=labels,
+            windows=(10, 40, 80), cutoffs=(300, 500, 700), settings={"solver": solver},
+        ).scheduler  # fmt: skip
+
+    stock = pipe.scheduler.config
+    return Bench(judge, draw, labels, blue_photos(grey_garments(config, "test")), tune), stock
+
+
+def grey_garments(config: SamplersConfig, split: str) -> torch.Tensor:
+    """Real pictures ``(5000, 1, 16, 16)`` in [0, 1], as the pixel model knows them."""
+    images, _ = atelier.find_fashion_mnist(config.data_dir, split)
+    return F.avg_pool2d(F.pad(torch.from_numpy(images[:5000]).float() / 255, (2, 2, 2, 2)).unsqueeze(1), 2)
 
 
 def latent_bench(config: SamplersConfig, judge: Judge) -> tuple[Bench, Any]:
@@ -114,36 +128,26 @@ def latent_bench(config: SamplersConfig, judge: Judge) -> tuple[Bench, Any]:
     return Bench(judge, draw, index % 10, real), pipe.scheduler.config
 
 
-def samplers(model: str, bench: Bench, stock: Any, steps: int) -> dict[str, Callable[[], Any]]:
+def samplers(bench: Bench, stock: Any, steps: int) -> dict[str, Any]:
     """The samplers to compare, by name."""
-    plain = {"clip_sample": False} if model == "atelier" else {}
-    made: dict[str, Callable[[], Any]] = {
-        "DDIM": lambda: DDIMScheduler.from_config(stock),
-        "PNDM": lambda: PNDMScheduler.from_config(stock),
-        "BDIA 0.5": lambda: sfumato.BDIAScheduler.from_config(stock, clip_sample=False, gamma=0.5),
-        "BDIA 1": lambda: sfumato.BDIAScheduler.from_config(stock, clip_sample=False, gamma=1.0),
-        "O-BELM": lambda: sfumato.BELMScheduler.from_config(stock, clip_sample=False, timestep_spacing="trailing"),
+    alike = {"clip_sample": False, "timestep_spacing": "trailing"}  # the invertible ones can't clip
+    made: dict[str, Any] = {
+        "DDIM": DDIMScheduler.from_config(stock),
+        "PNDM": PNDMScheduler.from_config(stock),
+        "DDIM, trailing": DDIMScheduler.from_config(stock, **alike),
+        "BDIA 0.5": sfumato.BDIAScheduler.from_config(stock, gamma=0.5, **alike),
+        "BDIA 1": sfumato.BDIAScheduler.from_config(stock, gamma=1.0, **alike),
+        "O-BELM": sfumato.BELMScheduler.from_config(stock, **alike),
     }
-    if model == "pixel":
-        window, cutoff = tuned(bench, stock, steps)
-        made[f"time shift w{window} c{cutoff}"] = lambda: shifted(stock, window, cutoff, **plain)
+    for name, solver in ("time shift", "ddim"), ("time shift, F-PNDM", "f_pndm"):
+        if bench.tune and (solver == "ddim" or steps > 4):
+            made[name] = bench.tune(steps, solver)
     return made
 
 
-def shifted(stock: Any, window: int, cutoff: int, **options: Any) -> Any:
-    """A time-shift sampler in the mode of the paper."""
-    return sfumato.TimeShiftScheduler.from_config(stock, window=window, cutoff=cutoff, **options)
-
-
-def tuned(bench: Bench, stock: Any, steps: int) -> tuple[int, int]:
-    """Window and cutoff of the least distance on a seed that is not reported."""
-    choices = [(window, cutoff) for window in WINDOWS for cutoff in CUTOFFS]
-    return min(choices, key=lambda choice: bench.score(shifted(stock, *choice), steps, 1000)[0])
-
-
-def row(bench: Bench, make: Callable[[], Any], steps: int, seeds: Sequence[int]) -> dict[str, Any]:
+def row(bench: Bench, scheduler: Any, steps: int, seeds: Sequence[int]) -> dict[str, Any]:
     """Scores of one sampler over the seeds."""
-    scores = [bench.score(make(), steps, seed) for seed in seeds]
+    scores = [bench.score(scheduler, steps, seed) for seed in seeds]
     distances = torch.tensor([distance for distance, _ in scores])
     accuracy = wilson(sum(right for _, right in scores), len(seeds) * len(bench.truth))
     spread = distances.std().item() if len(seeds) > 1 else 0.0
@@ -157,12 +161,15 @@ def main(config: SamplersConfig) -> None:
     for model in config.models.split(","):
         bench, stock = {"pixel": pixel_bench, "atelier": latent_bench}[model](config, judge)
         for steps in (int(value) for value in config.steps.split(",")):
-            for name, make in samplers(model, bench, stock, steps).items():
-                rows.append({"model": model, "steps": steps, "sampler": name, **row(bench, make, steps, seeds)})
+            for name, scheduler in samplers(bench, stock, steps).items():
+                shift = {key: scheduler.config[key] for key in ("window", "cutoff") if key in scheduler.config}
+                scores = row(bench, scheduler, steps, seeds)
+                rows.append({"model": model, "steps": steps, "sampler": name, **shift, **scores})
                 last, accuracy = rows[-1], rows[-1]["accuracy"]
                 print(
                     f"{model:8} {steps:3} {name:22} {last['distance']:7.2f} ± {last['spread']:.2f}   "
-                    f"{accuracy['value']:.1%} [{accuracy['low']:.1%}, {accuracy['high']:.1%}]", flush=True,
+                    f"{accuracy['value']:.1%} [{accuracy['low']:.1%}, {accuracy['high']:.1%}]"
+                    + "".join(f" {key} {value}" for key, value in shift.items()), flush=True,
                 )  # fmt: skip
     print(json.dumps({"pictures": config.pictures, "seeds": seeds, "rows": rows}))
 

@@ -6,8 +6,10 @@ from the Hub carries along. Tables are float64. Notation: A = `alphas_cumprod`, 
 
 import math
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,8 +33,19 @@ def require_fraction(name: str, value: float) -> None:
 
 
 def process_of(config: Mapping[str, Any]) -> str:
-    """Tell from another scheduler's config which process its model was trained on: "vp", "flow" or "edm"."""
+    """Tell from another scheduler's config which process its model was trained on: "vp", "flow" or "edm".
+
+    Raises:
+        ValueError: If it is the config of a stock scheduler that knows another process or another schedule of betas.
+    """
     name = str(config.get("_class_name", ""))
+    stock = getattr(diffusers, name, None)
+    known = stock is None or name.startswith(("FlowMatch", "EDM")) or "beta_start" in signature(stock).parameters
+    if not known or "snr_shift_scale" in config:  # the latter: CogVideoX moves its betas
+        raise ValueError(
+            f"The noise schedule of {name} is not one of betas, flow matching or EDM: keep the scheduler that came"
+            " with the model."
+        )
     if "beta_start" not in config and ("sigma_data" in config or name.startswith("EDM")):
         return "edm"
     flow = {"shift", "use_dynamic_shifting"} & set(config) or name.startswith("FlowMatch")

@@ -232,6 +232,7 @@ class DDCMScheduler(SchedulerMixin, ConfigMixin):
         eta: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         variance_noise: Tensor | None = None,
+        use_clipped_model_output: bool = False,
         return_dict: bool = True,
     ) -> DDCMSchedulerOutput | tuple[Tensor, ...]:
         """Take the states of all branches from `timestep` to the next time of the schedule.
@@ -246,6 +247,8 @@ class DDCMScheduler(SchedulerMixin, ConfigMixin):
                 pipelines pass 0 where their caller says nothing.
             generator (`torch.Generator` or list of `batch` of them, *optional*): Source of z.
             variance_noise (`torch.Tensor` of shape `(batch, channels, height, width)`, *optional*): z itself.
+            use_clipped_model_output (`bool`): Without effect, for nothing is clipped; taken for pixel pipelines, which
+                pass it.
             return_dict (`bool`): Return a [`DDCMSchedulerOutput`] rather than a tuple.
 
         Returns:

@@ -24,6 +24,7 @@ _HOMES = {
     "invert": "sfumato.inversion",
     "load": "sfumato.loading",
     "sample_with_gradients": "sfumato.gradients",
+    "tune_time_shift": "sfumato.tuning",
     "unlearn": "sfumato.unlearning.core",
 }
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from sfumato.schedulers.scheduling_edit_friendly_ddpm import EditFriendlyDDPMScheduler as EditFriendlyDDPMScheduler
     from sfumato.schedulers.scheduling_fixed_point import FixedPointScheduler as FixedPointScheduler
     from sfumato.schedulers.scheduling_time_shift import TimeShiftScheduler as TimeShiftScheduler
+    from sfumato.tuning import tune_time_shift as tune_time_shift
     from sfumato.unlearning.core import unlearn as unlearn
 else:
 

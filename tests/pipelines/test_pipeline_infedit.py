@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import diffusers
 import numpy as np
@@ -450,6 +451,8 @@ def test_a_repository_that_ships_the_files_loads_them_as_remote_code(atelier, tm
     modules = tmp_path / "modules"
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(modules))
     monkeypatch.syspath_prepend(modules)
+    for module in [module for module in sys.modules if module.startswith("diffusers_modules")]:
+        monkeypatch.delitem(sys.modules, module)  # what other tests brought
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     assert type(pipe).__module__ != pipeline_infedit.__name__ and type(pipe).__name__ == "InfEditPipeline"
     pipe.set_progress_bar_config(disable=True)
