@@ -30,12 +30,13 @@ class SamplersConfig:
     Attributes:
         pictures: Pictures of each run.
         steps: Numbers of steps, comma-separated.
-        seeds: Seeds, comma-separated; window and cutoff are chosen on seed 1000 and other real pictures.
+        seeds: Seeds, comma-separated; window and cutoff are chosen on seed 1000, 200 drawn pictures and
+            other real ones.
         models: ``pixel`` and ``atelier``, comma-separated.
         data_dir: Folder with Fashion-MNIST's ``*-ubyte.gz`` files; None looks for Debian's package, then the Hub.
     """
 
-    pictures: int = 400
+    pictures: int = 300
     steps: str = "5,10,20,50"
     seeds: str = "0,1,2"
     models: str = "pixel,atelier"
@@ -86,7 +87,7 @@ def pixel_bench(config: SamplersConfig, judge: Judge) -> tuple[Bench, Any]:
 
     def tune(steps: int, solver: str) -> Any:
         return sfumato.tune_time_shift(
-            pipe, grey_garments(config, "train"), num_inference_steps=steps, seed=1000, class_labels=labels,
+            pipe, grey_garments(config, "train"), num_inference_steps=steps, seed=1000, class_labels=labels[:200],
             windows=(10, 40, 80), cutoffs=(300, 500, 700), settings={"solver": solver},
         ).scheduler  # fmt: skip
 

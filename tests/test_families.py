@@ -2,9 +2,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMPipeline, PNDMScheduler, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMPipeline,
+    PNDMScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 
 import sfumato
+from sfumato import families
 from sfumato.families import StableDiffusion, family_of
 from sfumato.loading import assets_folder
 from sfumato.randomness import generator_for
@@ -73,8 +81,27 @@ def test_parameter_subsets_are_what_they_say(family):
     kv = family.trainable_parameters("xattn-kv")
     assert set(kv) < set(family.trainable_parameters("xattn")) < set(family.trainable_parameters("full"))
     assert all("attn2.to_k" in name or "attn2.to_v" in name for name in kv)
-    both = family.trainable_parameters("xattn") + family.trainable_parameters("noxattn")
-    assert sorted(both) == sorted(family.trainable_parameters("full"))
+    without_cross_attention, without_time = map(family.trainable_parameters, ("noxattn", "notime"))
+    both = [*family.trainable_parameters("xattn"), *without_cross_attention]
+    assert sorted(both) == sorted(without_time)
+    left_out = set(family.trainable_parameters("full")) - set(without_time)
+    assert all("time_emb" in name or name.startswith(("conv_norm_out", "conv_out")) for name in left_out)
+    assert all("attn1" in name for name in family.trainable_parameters("selfattn"))
+    assert family.trainable_parameters("full", "text_encoder")
+    assert not any("embeddings" in name for name in family.trainable_parameters("full", "text_encoder"))
+    with pytest.raises(ValueError, match="subset 'xattn' of the text_encoder"):
+        family.trainable_parameters("xattn", "text_encoder")
+
+
+def test_subsets_of_stable_diffusion_have_the_published_sizes():
+    """The sizes of the ESD paper's subsets, counted on a model without weights."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768)
+    sizes = dict.fromkeys(("full", "xattn", "xattn-kv", "selfattn", "noxattn"), 0.0)
+    for subset in sizes:
+        keep = families._SUBSETS["denoiser"][subset]
+        sizes[subset] = round(sum(p.numel() for name, p in unet.named_parameters() if keep(name)) / 1e6, 1)
+    assert sizes == {"full": 859.5, "xattn": 44.0, "xattn-kv": 19.2, "selfattn": 49.6, "noxattn": 787.7}
 
 
 def test_unsupported_family_is_named():

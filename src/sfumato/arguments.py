@@ -30,6 +30,10 @@ def make_parser(*classes: Any, description: str | None = None) -> HfArgumentPars
 
 
 def _attribute_texts(cls: Any) -> dict[str, str]:
-    section = inspect.getdoc(cls).partition("Attributes:\n")[2]  # type: ignore[union-attr]
-    entries = re.findall(r"^    (\w+): (.+?)(?=^    \w+: |\Z)", section, re.MULTILINE | re.DOTALL)
-    return {name: " ".join(text.split()) for name, text in entries}
+    """Texts of the class and of those it inherits from."""
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
+        entries = re.findall(r"^    (\w+): (.+?)(?=^    \w+: |\Z)", section, re.MULTILINE | re.DOTALL)
+        texts |= {name: " ".join(text.split()) for name, text in entries}
+    return texts

@@ -77,6 +77,7 @@ def save(
     weights: Tensors,
     optimizer: torch.optim.Optimizer,
     average: Tensors,
+    state: Tensors,
     history: list[dict[str, float]],
     keep: int,
 ) -> None:
@@ -89,6 +90,7 @@ def save(
         weights: The trained parameters.
         optimizer: Its state is saved, whatever the optimiser, as long as it is tensors and numbers.
         average: Moving average of the weights; empty if there is none.
+        state: What else changes from step to step; likewise.
         history: Rows so far.
         keep: How many checkpoints to keep.
     """
@@ -100,8 +102,10 @@ def save(
         if value is not None
     }
     with storage.atomic_directory(target) as partial:
-        for name, tensors in (("weights", weights), ("optimizer", moments), ("average", average)):
-            if tensors:  # plain SGD has no state, and not every run an average
+        for name, tensors in (
+            ("weights", weights), ("optimizer", moments), ("average", average), ("state", state),
+        ):  # fmt: skip
+            if tensors:  # plain SGD has no moments, and not every run an average or a state
                 storage.save_tensors(partial / f"{name}.safetensors", tensors)
         storage.write_text(partial / "history.json", json.dumps(history))
         storage.write_text(partial / "state.json", json.dumps({"step": step, "identity": identity}, indent=1))
@@ -110,7 +114,7 @@ def save(
 
 
 def restore(
-    checkpoint: Path, *, weights: Tensors, optimizer: torch.optim.Optimizer, average: Tensors
+    checkpoint: Path, *, weights: Tensors, optimizer: torch.optim.Optimizer, average: Tensors, state: Tensors
 ) -> tuple[int, list[dict[str, float]]]:
     """Load a checkpoint into what is given, in place.
 
@@ -119,6 +123,7 @@ def restore(
         weights: The trained parameters.
         optimizer: Over the same parameters, in the same order.
         average: Moving average to fill; empty if there is none.
+        state: What else changed from step to step, to fill; likewise.
 
     Returns:
         The step to go on from, and the history so far.
@@ -126,12 +131,13 @@ def restore(
     Raises:
         ValueError: If a file is corrupt, or holds the weights of another model.
     """
-    state = _read_json(checkpoint / "state.json")
+    progress = _read_json(checkpoint / "state.json")
     history = _read_json(checkpoint / "history.json")
     stored = storage.load_tensors(checkpoint / "weights.safetensors")
     if {n: t.shape for n, t in stored.items()} != {n: t.shape for n, t in weights.items()}:
         raise ValueError(f"{checkpoint} holds the weights of another model. Choose another output folder.")
     averages = storage.load_tensors(checkpoint / "average.safetensors") if average else {}
+    states = storage.load_tensors(checkpoint / "state.safetensors") if state else {}
     entries: dict[int, dict[str, torch.Tensor]] = {}
     moments = checkpoint / "optimizer.safetensors"
     for name, value in (storage.load_tensors(moments) if moments.exists() else {}).items():
@@ -142,5 +148,7 @@ def restore(
             weights[name].copy_(value)
         for name, value in averages.items():
             average[name].copy_(value)
+        for name, value in states.items():
+            state[name].copy_(value)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
-    return int(state["step"]), history
+    return int(progress["step"]), history

@@ -119,13 +119,10 @@ def _unlearn(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _methods(_: argparse.Namespace, __: Sequence[str]) -> None:
-    from importlib import import_module
-
     from sfumato.unlearning.core import METHODS
 
-    for name, (module, _config) in METHODS.items():
-        summary = (import_module(module).__doc__ or "").strip().splitlines()[0]
-        print(f"{name:12}{summary}")
+    for name, method in METHODS.items():
+        print(f"{name:18}{method.summary}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ drawn. Everything else in the library asks a family and never looks into a pipel
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -262,12 +262,20 @@ class StableDiffusion:
             self.pipe.set_progress_bar_config(**hidden)
         return latents if latents_only else self.decode(latents)
 
-    def trainable_parameters(self, subset: str) -> list[str]:
-        """Name the denoiser's parameters in a subset.
+    @property
+    def parts(self) -> dict[str, torch.nn.Module]:
+        """What a method may change: ``"denoiser"`` and ``"text_encoder"``."""
+        return {"denoiser": self.denoiser, "text_encoder": self.pipe.text_encoder}
+
+    def trainable_parameters(self, subset: str, part: str = "denoiser") -> list[str]:
+        """Name the parameters of a part that belong to a subset.
 
         Args:
-            subset: ``"full"`` (all), ``"xattn"`` (cross-attention, diffusers' ``attn2``), ``"xattn-kv"`` (its key and
-                value projections) or ``"noxattn"`` (all but cross-attention).
+            subset: ``"full"``: all (of a text encoder: all but its embeddings). For the denoiser also ``"xattn"``
+                (cross-attention, diffusers' ``attn2``), ``"xattn-kv"`` (its key and value projections), ``"selfattn"``
+                (``attn1``), ``"noxattn"`` (all but cross-attention, the time embedding and the last layers: ESD-u) and
+                ``"notime"`` (all but the last two).
+            part: Whose.
 
         Returns:
             Parameter names, in the module's order.
@@ -275,27 +283,40 @@ class StableDiffusion:
         Raises:
             ValueError: If the subset is unknown or empty.
         """
-        keep = {
-            "full": lambda name: True,
-            "xattn": lambda name: "attn2" in name,
-            "xattn-kv": lambda name: "attn2.to_k" in name or "attn2.to_v" in name,
-            "noxattn": lambda name: "attn2" not in name,
-        }
+        keep = _SUBSETS[part]
         if subset not in keep:
-            raise ValueError(f"Unknown parameter subset {subset!r}; choose from {', '.join(keep)}.")
-        names = [name for name, _ in self.denoiser.named_parameters() if keep[subset](name)]
+            raise ValueError(f"Unknown parameter subset {subset!r} of the {part}; choose from {', '.join(keep)}.")
+        names = [name for name, _ in self.parts[part].named_parameters() if keep[subset](name)]
         if not names:
-            raise ValueError(f"The denoiser has no parameters in the subset {subset!r}.")
+            raise ValueError(f"The {part} has no parameters in the subset {subset!r}.")
         return names
 
-    def with_denoiser(self, denoiser: torch.nn.Module) -> DiffusionPipeline:
-        """Make a pipeline that shares every part of this one but the denoiser."""
-        parts = {**self.pipe.components, self.denoiser_name: denoiser}
+    def with_parts(self, parts: Mapping[str, torch.nn.Module]) -> DiffusionPipeline:
+        """Make a pipeline that shares every component with this one but the parts given, by the names of `parts`."""
+        named = {self.denoiser_name if name == "denoiser" else name: module for name, module in parts.items()}
         optional = {"requires_safety_checker": self.pipe.config.get("requires_safety_checker", False)}
-        made = type(self.pipe)(**parts, **optional)
+        made = type(self.pipe)(**{**self.pipe.components, **named}, **optional)
         if self.pipe.config.get("_name_or_path"):
             made.register_to_config(_name_or_path=self.pipe.config["_name_or_path"])
         return made
+
+
+def _outside_blocks(name: str) -> bool:
+    """Whether a parameter belongs to the time embedding or to the layers that make the output."""
+    return name.startswith(("time_embedding.", "conv_norm_out.", "conv_out.")) or ".time_emb_proj." in name
+
+
+_SUBSETS: Mapping[str, Mapping[str, Callable[[str], bool]]] = {
+    "denoiser": {
+        "full": lambda name: True,
+        "xattn": lambda name: "attn2" in name,
+        "xattn-kv": lambda name: "attn2.to_k" in name or "attn2.to_v" in name,
+        "selfattn": lambda name: "attn1" in name,
+        "noxattn": lambda name: "attn2" not in name and not _outside_blocks(name),
+        "notime": lambda name: not _outside_blocks(name),
+    },
+    "text_encoder": {"full": lambda name: "embeddings" not in name},
+}
 
 
 _FAMILIES: Mapping[str, type[StableDiffusion]] = {

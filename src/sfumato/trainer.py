@@ -1,8 +1,10 @@
 """The one training loop: devices, precision, accumulation, masks, checkpoints, resume and logging, on accelerate.
 
-A job is an objective, `Objective`, which turns ``(step, shard)`` into losses and holds no state that changes from step
-to step. Data, noise and times come from `sfumato.randomness`, so the loop has nothing random of its own: a run that
-was killed resumes to the same bits on the CPU, and the result does not depend on how many processes share a batch.
+A job is an objective, `Objective`, which turns ``(step, shard)`` into losses. Data, noise and times come from
+`sfumato.randomness`, so the loop has nothing random of its own: a run that was killed resumes to the same bits on the
+CPU, and the result does not depend on how many processes share a batch. What an objective carries from step to step
+(a discriminator, the last attack) it shows as tensors, and the checkpoints keep them: `StatefulObjective`. One whose
+terms have a gradient each, that are not simply added, is a `SurgicalObjective`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +32,8 @@ __all__ = [
     "NonFiniteLossError",
     "Objective",
     "Shard",
+    "StatefulObjective",
+    "SurgicalObjective",
     "TrainingConfig",
     "make_accelerator",
     "preflight",
@@ -64,6 +68,39 @@ class Objective(Protocol):
             model: The network being trained, wrapped by accelerate.
             step: The optimiser step, from 0.
             shard: The slice of the step's global batch to use.
+        """
+        ...
+
+
+@runtime_checkable
+class StatefulObjective(Protocol):
+    """An objective that changes with the steps; `losses` itself must not change it."""
+
+    def after_step(self, model: torch.nn.Module, step: int, shards: Sequence[Shard]) -> None:
+        """Move on, once the optimiser has stepped.
+
+        Args:
+            model: The network being trained, wrapped by accelerate.
+            step: The step just taken.
+            shards: This process's slices of its batch, one for each accumulation pass.
+        """
+        ...
+
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """Give all that changes, as tensors that are the state itself: resuming writes into them."""
+        ...
+
+
+@runtime_checkable
+class SurgicalObjective(Protocol):
+    """An objective that makes one gradient of those of its terms."""
+
+    def combine(self, gradients: Mapping[str, list[torch.Tensor]]) -> list[torch.Tensor]:
+        """Give the gradient to step with.
+
+        Args:
+            gradients: Term to its gradient over the whole batch, a tensor for each trained parameter, clipped to
+                `max_grad_norm` each.
         """
         ...
 
@@ -230,7 +267,9 @@ def train(
     start, history = 0, list[dict[str, float]]()
     checkpoint = checkpoints.newest(folder) if resume and folder else None
     if checkpoint is not None:
-        start, history = checkpoints.restore(checkpoint, weights=parameters, optimizer=optimizer, average=average)
+        start, history = checkpoints.restore(
+            checkpoint, weights=parameters, optimizer=optimizer, average=average, state=_state_of(objective)
+        )
     wrapped, prepared = accelerator.prepare(model, optimizer)
     bar = tqdm(
         range(start, config.steps), desc=description, initial=start, total=config.steps,
@@ -250,7 +289,7 @@ def train(
         if due and folder is not None and accelerator.is_main_process:
             checkpoints.save(
                 folder, step + 1, identity=run_identity, weights=parameters, optimizer=optimizer, average=average,
-                history=history, keep=config.keep_checkpoints,
+                state=_state_of(objective), history=history, keep=config.keep_checkpoints,
             )  # fmt: skip
     with torch.no_grad():
         for name, value in average.items():
@@ -315,6 +354,10 @@ def preflight(
     return full
 
 
+def _state_of(objective: Objective) -> Mapping[str, torch.Tensor]:
+    return objective.state() if isinstance(objective, StatefulObjective) else {}
+
+
 def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -355,16 +398,22 @@ def _step(
 ) -> dict[str, float]:
     """One optimiser step over the global batch; the weights do not change if the loss is not finite."""
     passes = config.gradient_accumulation_steps
+    shards = [
+        Shard(number * accelerator.num_processes + accelerator.process_index, passes * accelerator.num_processes)
+        for number in range(passes)
+    ]
+    surgeon = _Surgeon(model, objective, config, accelerator) if isinstance(objective, SurgicalObjective) else None
     sums: dict[str, torch.Tensor] = {}
-    for number in range(passes):
-        shard = Shard(
-            number * accelerator.num_processes + accelerator.process_index, passes * accelerator.num_processes
-        )
-        with nullcontext() if number == passes - 1 else accelerator.no_sync(model):
+    for number, shard in enumerate(shards):
+        last = number == passes - 1 and surgeon is None
+        with nullcontext() if last else accelerator.no_sync(model):
             with accelerator.autocast():
                 terms = objective.losses(model, step, shard)
             total = torch.stack([term.float() for term in terms.values()]).sum()
-            accelerator.backward(total / passes)
+            if surgeon is None:
+                accelerator.backward(total / passes)
+            else:
+                surgeon.add({name: term / passes for name, term in terms.items()})
         for name, term in {**terms, "loss": total}.items():
             sums[name] = sums.get(name, 0) + term.detach().float() / passes
     means = accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist()
@@ -373,7 +422,7 @@ def _step(
         optimizer.zero_grad()
         raise _diverged(f"The loss became {row['loss']} at step {step}")
     limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
-    norm = accelerator.clip_grad_norm_(model.parameters(), limit)
+    norm = accelerator.clip_grad_norm_(model.parameters(), limit) if surgeon is None else surgeon.operate(limit)
     if config.mixed_precision != "fp16" and norm is not None and not math.isfinite(norm):  # fp16's scaler skips these
         optimizer.zero_grad()
         raise _diverged(f"The gradient became {float(norm)} at step {step}")
@@ -381,7 +430,45 @@ def _step(
         group["lr"] = row["learning_rate"]
     optimizer.step()
     optimizer.zero_grad()
+    if isinstance(objective, StatefulObjective):
+        objective.after_step(model, step, shards)
     return row
+
+
+class _Surgeon:
+    """The gradients of an objective's terms, apart until the objective makes one of them.
+
+    Each is added up over the passes and averaged over the processes first: a combination of averages, not an average
+    of combinations, so the number of processes does not change the result.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, objective: SurgicalObjective, config: TrainingConfig, accelerator: Accelerator
+    ) -> None:
+        if config.mixed_precision == "fp16":
+            raise ValueError("Gradient surgery needs true gradients, which mixed_precision='fp16' scales: use bf16.")
+        self.objective, self.accelerator = objective, accelerator
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.gradients: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, terms: Mapping[str, torch.Tensor]) -> None:
+        """Add the gradients of a pass; the terms share a graph."""
+        for name, term in terms.items():
+            found = torch.autograd.grad(term.float(), self.parameters, retain_graph=True, allow_unused=True)
+            parts = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
+            earlier = self.gradients.get(name)
+            self.gradients[name] = parts if earlier is None else list(torch._foreach_add(earlier, parts))
+
+    def operate(self, limit: float) -> float:
+        """Combine the gradients into `.grad`; gives the norm of the result."""
+        for name, parts in self.gradients.items():
+            reduced = [self.accelerator.reduce(part, "mean") for part in parts]
+            norm = torch.nn.utils.get_total_norm(reduced)
+            self.gradients[name] = list(torch._foreach_mul(reduced, (limit / (norm + 1e-6)).clamp(max=1.0).item()))
+        combined = self.objective.combine(self.gradients)
+        for parameter, gradient in zip(self.parameters, combined, strict=True):
+            parameter.grad = gradient
+        return torch.nn.utils.get_total_norm(combined).item()
 
 
 @torch.no_grad()

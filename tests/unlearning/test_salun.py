@@ -8,18 +8,25 @@ import torch.nn.functional as F
 
 import sfumato
 from sfumato import storage
+from sfumato.concepts import Concept
 from sfumato.families import StableDiffusion
 from sfumato.randomness import randint_for, randn_for
 from sfumato.trainer import NonFiniteLossError, Shard, TrainingConfig, make_accelerator, train
 from sfumato.unlearning.examples import Examples, PromptTable
 from sfumato.unlearning.saliency import load_mask, mask_density, top_mask
 from sfumato.unlearning.salun import MASK_STREAM, SalUnConfig, SalUnObjective, saliency_mask
+from sfumato.unlearning.task import ExampleConfig, Task
 
 PROMPTS = ["a sneaker", "a red sneaker", "a bag", "a red bag", "a coat", "a shirt", ""]
 ANCHORS = {"a sneaker": "a bag", "a red sneaker": "a red bag"}
 SMALL = {
     "forget_examples": 4, "retain_examples": 4, "example_steps": 2, "batch_size": 2, "steps": 3, "learning_rate": 1e-3,
 }  # fmt: skip
+
+
+def task_of(family):
+    concept, training = Concept("sneaker", *map(tuple, (ANCHORS, ANCHORS.values(), ["a coat"]))), TrainingConfig()
+    return Task(family, concept, family.denoiser, ExampleConfig(), training, {}, make_accelerator(training))
 
 
 def objective(family, teacher, forget, retain, anchors=ANCHORS, **config):
@@ -72,7 +79,7 @@ def test_losses_of_shards_average_to_those_of_the_whole(family, forget, retain):
 def test_mask_ranks_the_absolute_sum_of_signed_gradients(family, forget):
     """Against plain autograd, one example at a time, with the guided prediction written out."""
     config, table = SalUnConfig(batch_size=4, mask_guidance=7.5, mask_ratio=0.3), PromptTable(family, PROMPTS)
-    masks, _ = saliency_mask(family, family.denoiser, forget, table, config, 0, make_accelerator(TrainingConfig()))
+    masks, _ = saliency_mask(task_of(family), forget, table, config)
     sums = {name: torch.zeros_like(p) for name, p in family.denoiser.named_parameters()}
     for i in range(len(forget)):
         key, shape = (0, MASK_STREAM, i), forget.mean.shape[1:]
@@ -97,9 +104,7 @@ def test_mask_covers_only_the_weights_that_are_trained(family, forget):
     for name, parameter in family.denoiser.named_parameters():
         parameter.requires_grad_(name in names)
     config = SalUnConfig(parameters="xattn", mask_ratio=0.5)
-    masks, _ = saliency_mask(
-        family, family.denoiser, forget, PromptTable(family, PROMPTS), config, 0, make_accelerator(TrainingConfig())
-    )
+    masks, _ = saliency_mask(task_of(family), forget, PromptTable(family, PROMPTS), config)
     assert set(masks) == names
     assert mask_density(masks) == pytest.approx(0.5, abs=1e-3)
 

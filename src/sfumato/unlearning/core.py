@@ -17,58 +17,62 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from sfumato import concepts, recipes, storage
-from sfumato.families import StableDiffusion, family_of
-from sfumato.settings import check_types
+from sfumato.families import family_of
 from sfumato.trainer import TrainingConfig, make_accelerator, preflight
-from sfumato.unlearning.examples import Examples, draw_examples, read_image_folder
+from sfumato.unlearning.pruning import prune
+from sfumato.unlearning.saliency import mask_density
+from sfumato.unlearning.task import ExampleConfig, Task
 
-__all__ = ["METHODS", "ExampleConfig", "method_config", "unlearn"]
-
-METHODS = {"salun": ("sfumato.unlearning.salun", "SalUnConfig")}
-"""Method to its module, which has ``check`` and ``run``, and the name of its config there."""
+__all__ = ["METHODS", "ExampleConfig", "Method", "method_named", "unlearn"]
 
 
-@dataclass
-class ExampleConfig:
-    """Where forget and retain pictures come from.
+class Method(NamedTuple):
+    """Where a method is.
 
     Attributes:
-        forget_images: Folder with pictures of the concept; None lets the model draw them.
-        retain_images: Folder with pictures to keep; None lets the model draw them.
-        forget_examples: How many forget pictures to draw.
-        retain_examples: How many retain pictures to draw.
-        example_steps: Sampler steps of a drawn picture.
-        example_guidance: Guidance scale of a drawn picture.
-        example_batch_size: Pictures drawn or encoded at a time.
+        module: A module as `sfumato.unlearning.task` describes it.
+        config: The name of its config there.
+        trains: Whether it trains, rather than solves an equation.
+        examples: Whether it sees pictures.
     """
 
-    forget_images: str | None = None
-    retain_images: str | None = None
-    forget_examples: int = 800
-    retain_examples: int = 800
-    example_steps: int = 50
-    example_guidance: float = 7.5
-    example_batch_size: int = 8
+    module: str
+    config: str
+    trains: bool = True
+    examples: bool = True
 
-    def __post_init__(self) -> None:
-        """Check what would only fail after the long work has begun."""
-        check_types(self)
-        for name in ("forget_examples", "retain_examples", "example_steps", "example_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for folder in (self.forget_images, self.retain_images):
-            if folder is not None and not Path(folder).is_dir():
-                raise FileNotFoundError(f"There is no image folder {folder}.")
+    @property
+    def config_class(self) -> Any:
+        """The dataclass of its settings."""
+        return getattr(importlib.import_module(self.module), self.config)
+
+    @property
+    def configs(self) -> tuple[Any, ...]:
+        """The dataclasses of all settings that it takes."""
+        return (
+            self.config_class,
+            *((ExampleConfig,) if self.examples else ()),
+            *((TrainingConfig,) if self.trains else ()),
+        )
+
+    @property
+    def summary(self) -> str:
+        """The first line of its module."""
+        return (importlib.import_module(self.module).__doc__ or "").strip().splitlines()[0]
+
+
+METHODS = {
+    "salun": Method("sfumato.unlearning.salun", "SalUnConfig"),
+}
 
 
 def unlearn(
@@ -97,7 +101,8 @@ def unlearn(
         **settings: Any field of the method's config, `ExampleConfig` or `TrainingConfig`; they override the recipe.
 
     Returns:
-        A new pipeline of the same kind, which shares every component with `pipe` but the denoiser.
+        A new pipeline of the same kind, which shares every component with `pipe` but the one that the method changes:
+        the denoiser, or the text encoder.
 
     Raises:
         ValueError: If the family, method, concept or a setting is unknown, the sets contradict each other, or the
@@ -108,50 +113,51 @@ def unlearn(
     began = time.perf_counter()
     family = family_of(pipe)
     family.check_dtypes()
-    config_class = method_config(method)
+    chosen_method = method_named(method)
     concept = concepts.resolve(pipe, forget, anchor=anchor, retain=retain)
     chosen = {**recipes.settings_for(method, pipe, recipe), **settings}
-    config, sources, training = _configure((config_class, ExampleConfig, TrainingConfig), chosen)
-    names = family.trainable_parameters(config.parameters)
+    configs = {type(config): config for config in _configure(chosen_method.configs, chosen)}
+    config = configs[chosen_method.config_class]
+    sources, training = configs.get(ExampleConfig, ExampleConfig()), configs.get(TrainingConfig, TrainingConfig())
+    names = family.trainable_parameters(config.parameters, config.part)
     folder = storage.check_output_dir(output_dir, resume=resume) if output_dir is not None else None
     if folder is not None:
         storage.check_disk_space(folder, 2 * _size_of(pipe))
     identity = {
         "method": method, "forget": concept.name, "concept": asdict(concept), "settings": asdict(config),
-        "base": storage.fingerprint(family.denoiser.named_parameters()), "examples": asdict(sources),
+        "base": storage.fingerprint(family.parts[config.part].named_parameters()), "examples": asdict(sources),
     }  # fmt: skip
     accelerator = make_accelerator(training, folder)
-    denoiser = _trainable_copy(family, names)
-    implementation = importlib.import_module(METHODS[method][0])
-    implementation.check(config, denoiser, identity)
-    preflight(
-        denoiser, config.batch_size, training, accelerator=accelerator, output_dir=folder, identity=identity,
-        resume=resume,
-    )  # fmt: skip
+    model = _trainable_copy(family.parts[config.part], names)
+    task = Task(family, concept, model, sources, training, identity, accelerator, folder, resume)
+    implementation: Any = importlib.import_module(chosen_method.module)
+    if hasattr(implementation, "check"):
+        implementation.check(task, config)
+    if chosen_method.trains:
+        preflight(
+            model, config.batch_size, training, accelerator=accelerator, output_dir=folder, identity=identity,
+            resume=resume,
+        )  # fmt: skip
+        task.kept = prune(model, config.prune_ratio)
     pipe.to(accelerator.device)
-    store = folder / "examples" if folder else None
-    sets = _example_sets(family, concept, sources, training.seed, store, identity, accelerator)
-    history, facts = implementation.run(
-        family, denoiser, concept, *sets, config, training, identity=identity, output_dir=folder, resume=resume,
-        accelerator=accelerator,
-    )  # fmt: skip
-    denoiser.requires_grad_(False).to(next(family.denoiser.parameters()).dtype)
-    result = family.with_denoiser(denoiser)
+    model.to(accelerator.device)
+    history, facts = implementation.run(task, config)
+    model.requires_grad_(False).to(next(family.parts[config.part].parameters()).dtype)
+    result = family.with_parts({config.part: model})
     if folder is not None and accelerator.is_main_process:
-        settings_used = {**asdict(config), **asdict(sources), **asdict(training)}
-        manifest = _manifest(concept, method, settings_used, facts, str(identity["base"]), denoiser, accelerator)
+        settings_used = {name: value for part in configs.values() for name, value in asdict(part).items()}
+        manifest = _manifest(task, method, settings_used, facts)
         manifest["seconds"] = round(time.perf_counter() - began, 1)
         _write_result(result, concepts.vocabulary_of(pipe), folder, history, manifest)
     accelerator.wait_for_everyone()
     return result
 
 
-def method_config(method: str) -> Any:
-    """Give the config class of a method; ValueError, naming those there are, if it is unknown."""
+def method_named(method: str) -> Method:
+    """Find a method; ValueError, naming those there are, if it is unknown."""
     if method not in METHODS:
         raise ValueError(f"Unknown method {method!r}; choose from {', '.join(METHODS)}.")
-    module, name = METHODS[method]
-    return getattr(importlib.import_module(module), name)
+    return METHODS[method]
 
 
 def _configure(classes: Sequence[Any], settings: Mapping[str, Any]) -> list[Any]:
@@ -164,54 +170,12 @@ def _configure(classes: Sequence[Any], settings: Mapping[str, Any]) -> list[Any]
     return [cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings}) for cls in classes]
 
 
-def _example_sets(
-    family: StableDiffusion, concept: concepts.Concept, sources: ExampleConfig, seed: int, store: Path | None,
-    identity: Mapping[str, Any], accelerator: Accelerator,
-) -> tuple[Examples, Examples]:  # fmt: skip
-    """Provide the forget and retain sets: from folders, from an earlier start of this run, or drawn by the model."""
-    parts = []
-    for stream, (kind, images, prompts, count) in enumerate(
-        (
-            ("forget", sources.forget_images, concept.prompts, sources.forget_examples),
-            ("retain", sources.retain_images, concept.retain, sources.retain_examples),
-        )
-    ):
-        path = store / f"{kind}.safetensors" if store else None
-        key = {"base": identity["base"], "source": identity["examples"], "prompts": list(prompts), "seed": seed}
-        if images is not None:
-            parts.append(read_image_folder(family, images, prompts, batch_size=sources.example_batch_size))
-            continue
-        stored = _stored_examples(path)
-        if path is not None and stored.get("key") == key:
-            latents = storage.load_tensors(path)["latents"]
-            parts.append(Examples(latents, torch.zeros_like(latents), tuple(stored["shown"])))
-            continue
-        drawn = draw_examples(
-            family, prompts, count, key=(seed, 7, stream), num_inference_steps=sources.example_steps,
-            guidance_scale=sources.example_guidance, batch_size=sources.example_batch_size,
-            accelerator=accelerator, description=f"draw {kind} set",
-        )  # fmt: skip
-        if path is not None and accelerator.is_main_process:
-            storage.save_tensors(path, {"latents": drawn.mean}, {"key": key, "shown": drawn.prompts})
-        parts.append(drawn)
-        accelerator.wait_for_everyone()
-    return parts[0], parts[1]
-
-
-def _stored_examples(path: Path | None) -> dict[str, Any]:
-    """What an earlier start of this run wrote beside its examples; nothing if it is absent or damaged."""
-    try:
-        return storage.read_metadata(path) if path is not None else {}
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
-def _trainable_copy(family: StableDiffusion, names: Sequence[str]) -> torch.nn.Module:
-    denoiser = copy.deepcopy(family.denoiser).float().eval()
+def _trainable_copy(part: torch.nn.Module, names: Sequence[str]) -> torch.nn.Module:
+    copied = copy.deepcopy(part).float().eval()
     wanted = set(names)
-    for name, parameter in denoiser.named_parameters():
+    for name, parameter in copied.named_parameters():
         parameter.requires_grad_(name in wanted)
-    return denoiser
+    return copied
 
 
 def _size_of(pipe: DiffusionPipeline) -> int:
@@ -219,23 +183,23 @@ def _size_of(pipe: DiffusionPipeline) -> int:
     return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
 
-def _manifest(
-    concept: concepts.Concept, method: str, settings: Mapping[str, Any], facts: Mapping[str, Any], base: str,
-    denoiser: torch.nn.Module, accelerator: Accelerator,
-) -> dict[str, Any]:  # fmt: skip
+def _manifest(task: Task, method: str, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     packages = ("sfumato", "torch", "diffusers", "transformers", "accelerate", "safetensors")
+    concept, device = task.concept, task.accelerator.device
+    pruned = {"pruned_share": 1 - mask_density(task.kept)} if task.kept else {}
     return {
         "method": method,
         "forget": concept.name,
         "anchors": sorted(set(concept.anchors)),
         "retain_prompts": len(concept.retain),
         "settings": dict(settings),
+        **pruned,
         **facts,
-        "base_fingerprint": base,
-        "result_fingerprint": storage.fingerprint(denoiser.named_parameters()),
-        "processes": accelerator.num_processes,
-        "device": str(accelerator.device),
-        "peak_memory_mb": round(peak_memory_mb(accelerator.device), 1),
+        "base_fingerprint": task.identity["base"],
+        "result_fingerprint": storage.fingerprint(task.model.named_parameters()),
+        "processes": task.accelerator.num_processes,
+        "device": str(device),
+        "peak_memory_mb": round(peak_memory_mb(device), 1),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
 

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 from sfumato import loading, recipes
 from sfumato.arguments import make_parser
-from sfumato.trainer import TrainingConfig
-from sfumato.unlearning.core import ExampleConfig, method_config, unlearn
+from sfumato.unlearning.core import method_named, unlearn
 
 __all__ = ["JobConfig", "main"]
 
@@ -46,9 +45,8 @@ def main(method: str, arguments: Sequence[str] | None = None) -> None:
         method: The unlearning method.
         arguments: The command line; None takes the process's own.
     """
-    parser = make_parser(
-        JobConfig, ExampleConfig, method_config(method), TrainingConfig, description=f"Unlearn with {method}."
-    )
+    chosen = method_named(method)
+    parser = make_parser(JobConfig, *chosen.configs, description=chosen.summary)
     try:
         early = parser.parse_known_args(arguments)[0]
         pipe = loading.load(early.model)

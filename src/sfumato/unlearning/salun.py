@@ -25,31 +25,28 @@ the mask holds under AdamW; student and teacher see one posterior sample, not tw
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from sfumato.concepts import Concept
 from sfumato.families import StableDiffusion
 from sfumato.randomness import permuted_indices, randint_for, randn_for
-from sfumato.settings import check_types
-from sfumato.trainer import Shard, TrainingConfig, train
+from sfumato.trainer import Shard
 from sfumato.unlearning.examples import Examples, PromptTable
 from sfumato.unlearning.saliency import load_mask, mask_density, save_mask, top_mask
+from sfumato.unlearning.task import History, Task, TrainedConfig
 
-__all__ = ["SalUnConfig", "SalUnObjective", "check", "run", "saliency_mask"]
+__all__ = ["SalUnConfig", "SalUnObjective", "check", "find_mask", "run", "saliency_mask"]
 
 MASK_STREAM, FORGET_STREAM, RETAIN_STREAM = 101, 102, 103  # keys that keep the random streams apart
 
 
 @dataclass
-class SalUnConfig:
+class SalUnConfig(TrainedConfig):
     """SalUn's hyper-parameters; the defaults are those the authors use for a class of Stable Diffusion 1.4.
 
     Attributes:
@@ -57,26 +54,20 @@ class SalUnConfig:
         mask_ratio: Share of the trained weights that may move; 1 trains all of them, 0 none.
         mask_guidance: g, the guidance of the prediction whose loss makes the mask.
         mask_path: A mask saved by an earlier run, used instead of computing one.
-        parameters: Which weights to train: ``"full"``, ``"xattn"``, ``"xattn-kv"`` or ``"noxattn"``.
-        batch_size: Forget pictures in a step, over all processes; as many retain pictures join them.
     """
 
     retain_weight: float = 0.5
     mask_ratio: float = 0.5
     mask_guidance: float = 7.5
     mask_path: str | None = None
-    parameters: str = field(default="full", metadata={"choices": ["full", "xattn", "xattn-kv", "noxattn"]})
-    batch_size: int = 8
 
     def __post_init__(self) -> None:
         """Check the types and ranges."""
-        check_types(self)
+        super().__post_init__()
         if not 0 <= self.mask_ratio <= 1:
             raise ValueError(f"`mask_ratio` must lie in [0, 1], got {self.mask_ratio}.")
         if self.retain_weight < 0:
             raise ValueError(f"`retain_weight` must not be negative, got {self.retain_weight}.")
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
 
 
 class SalUnObjective:
@@ -141,34 +132,25 @@ def _noise(
 
 
 def saliency_mask(
-    family: StableDiffusion,
-    denoiser: torch.nn.Module,
-    forget: Examples,
-    prompts: PromptTable,
-    config: SalUnConfig,
-    seed: int,
-    accelerator: Accelerator,
+    task: Task, forget: Examples, prompts: PromptTable, config: SalUnConfig
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Compute the mask in one pass over the forget set, which the processes share.
 
     Args:
-        family: Noise schedule, prediction type and denoiser call.
-        denoiser: The bare module at its original weights; parameters that require gradients are ranked.
+        task: The model at its original weights; parameters that require gradients are ranked.
         forget: Examples of the concept.
         prompts: Embeddings of their prompts and of the empty prompt.
         config: Guidance, ratio and batch size.
-        seed: Seeds noise and times of each example.
-        accelerator: The process group.
 
     Returns:
         Parameter name to `bool` mask, the same on every process, and the threshold gamma.
     """
-    parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+    family, denoiser, accelerator = task.family, task.model, task.accelerator
     guidance = config.mask_guidance
     mine = range(accelerator.process_index, len(forget), accelerator.num_processes)
     batches = [list(mine[i : i + config.batch_size]) for i in range(0, len(mine), config.batch_size)]
     for index in tqdm(batches, desc="saliency", disable=not accelerator.is_main_process):
-        noisy, timesteps, target = _noise(family, forget, index, [(seed, MASK_STREAM, i) for i in index])
+        noisy, timesteps, target = _noise(family, forget, index, [(task.seed, MASK_STREAM, i) for i in index])
         captions = [forget.prompts[i] for i in index]
         with accelerator.autocast():
             both = family.predict(
@@ -179,85 +161,53 @@ def saliency_mask(
         per_example = (guided - target).pow(2).flatten(1).mean(1)
         (-per_example.sum()).backward()  # gradients add up in .grad, signed, in float32
     saliency = {}
-    for name, parameter in parameters.items():
+    for name, parameter in task.trained().items():
         gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         saliency[name] = accelerator.reduce(gradient.float(), "sum").abs()
         parameter.grad = None
     return top_mask(saliency, config.mask_ratio)
 
 
-def check(config: SalUnConfig, denoiser: torch.nn.Module, identity: Mapping[str, Any]) -> None:
+def check(task: Task, config: SalUnConfig) -> None:
     """Check, before the long work, a mask that the user gave; ValueError if it is of another model."""
     if config.mask_path is not None:
-        _, provenance = load_mask(config.mask_path, denoiser)
-        if provenance.get("base") != identity["base"]:
+        masks, provenance = load_mask(config.mask_path, task.model)
+        if provenance.get("base") != task.identity["base"]:
             raise ValueError(
                 f"{config.mask_path} was computed for another base model; leave out mask_path to make one."
             )
+        missing = sorted(set(task.trained()) - set(masks))
+        if missing:
+            raise ValueError(
+                f"{config.mask_path} is a mask of other parameters: it has none for {missing[0]}, which is trained."
+                " Choose the same `parameters` as the run that made it, or leave out mask_path."
+            )
 
 
-def run(
-    family: StableDiffusion,
-    denoiser: torch.nn.Module,
-    concept: Concept,
-    forget: Examples,
-    retain: Examples,
-    config: SalUnConfig,
-    training: TrainingConfig,
-    *,
-    identity: Mapping[str, Any],
-    output_dir: Path | None,
-    resume: bool,
-    accelerator: Accelerator,
-) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Unlearn a concept, changing `denoiser` in place.
-
-    Args:
-        family: The model.
-        denoiser: A float32 copy of its denoiser, whose chosen parameters require gradients.
-        concept: What to forget; its anchors are the substitute captions.
-        forget: Examples of it.
-        retain: Examples to keep.
-        config: SalUn's hyper-parameters.
-        training: How to train.
-        identity: What makes this run this run; goes into the mask's provenance and the checkpoints.
-        output_dir: Where mask, checkpoints and logs go; None writes nothing.
-        resume: Continue from the newest checkpoint.
-        accelerator: The process group.
-
-    Returns:
-        The training history, and facts for the manifest.
-    """
-    anchors = dict(zip(concept.prompts, concept.anchors, strict=True))
-    fallback = concept.anchors[0]
-    anchors |= {prompt: fallback for prompt in forget.prompts if prompt not in anchors}  # captions of a user's folder
-    prompts = PromptTable(family, [*forget.prompts, *retain.prompts, *anchors.values(), ""])
-    masks, facts = _find_mask(
-        family, denoiser, forget, prompts, config, training.seed, identity, output_dir, accelerator
-    )
-    objective = SalUnObjective(family, denoiser, forget, retain, anchors, prompts, config, training.seed)
-    history = train(
-        denoiser, objective, training, output_dir=output_dir, masks=masks, resume=resume,
-        identity=identity, accelerator=accelerator, description="salun",
-    )  # fmt: skip
-    return history, facts
+def run(task: Task, config: SalUnConfig) -> tuple[History, dict[str, Any]]:
+    """Make or read the mask, then relabel; see `sfumato.unlearning.task`."""
+    forget, retain = task.examples("forget"), task.examples("retain")
+    anchors = task.anchors(forget.prompts)
+    prompts = task.prompts(forget.prompts, retain.prompts, list(anchors.values()), [""])
+    masks, facts = find_mask(task, forget, prompts, config)
+    objective = SalUnObjective(task.family, task.model, forget, retain, anchors, prompts, config, task.seed)
+    return task.train(objective, "salun", masks), facts
 
 
-def _find_mask(
-    family: StableDiffusion, denoiser: torch.nn.Module, forget: Examples, prompts: PromptTable, config: SalUnConfig,
-    seed: int, identity: Mapping[str, Any], output_dir: Path | None, accelerator: Accelerator,
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # fmt: skip
-    """Read the mask the user gave, or compute one and save it beside the result."""
+def find_mask(
+    task: Task, forget: Examples, prompts: PromptTable, config: SalUnConfig
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read the mask the user gave, or compute one and save it beside the result; also facts for the manifest."""
     if config.mask_path is not None:
-        masks, _ = load_mask(config.mask_path, denoiser)
+        masks, _ = load_mask(config.mask_path, task.model)
         return masks, {"mask_density": mask_density(masks), "mask_path": config.mask_path}
-    masks, threshold = saliency_mask(family, denoiser, forget, prompts, config, seed, accelerator)
+    masks, threshold = saliency_mask(task, forget, prompts, config)
     facts = {"mask_density": mask_density(masks), "mask_threshold": threshold}
-    if output_dir is not None and accelerator.is_main_process:
+    if task.output_dir is not None and task.accelerator.is_main_process:
         provenance = {
-            **identity, **facts, "ratio": config.mask_ratio, "guidance": config.mask_guidance, "seed": seed,
+            **task.identity, **facts, "ratio": config.mask_ratio, "guidance": config.mask_guidance, "seed": task.seed,
             "examples": len(forget), "accumulate": "signed",
             "versions": {name: version(name) for name in ("sfumato", "torch", "diffusers")},
         }  # fmt: skip
-        save_mask(output_dir / "saliency_mask.safetensors", masks, provenance)
+        save_mask(task.output_dir / "saliency_mask.safetensors", masks, provenance)
     return masks, facts

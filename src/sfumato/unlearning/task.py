@@ -1,0 +1,217 @@
+"""What an unlearning method is given: the model, the concept, the pictures, and how to train.
+
+A method is a module with a config dataclass and ``run(task, config)``, which changes `Task.model` in place and returns
+the history of its training and facts for the manifest. It may have ``check(task, config)``, for what can be known
+before the long work. `sfumato.unlearning.core` does everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+
+from sfumato import storage
+from sfumato.concepts import Concept
+from sfumato.families import StableDiffusion
+from sfumato.settings import check_types
+from sfumato.trainer import Objective, TrainingConfig, train
+from sfumato.unlearning.examples import Examples, PromptTable, draw_examples, read_image_folder
+
+__all__ = ["ExampleConfig", "History", "Masks", "MethodModule", "Task", "TrainedConfig"]
+
+History = list[dict[str, float]]
+Masks = Mapping[str, torch.Tensor]
+"""Parameter name to a `bool` tensor of its shape; False entries must not move."""
+
+_KINDS = ("forget", "retain", "anchor")
+
+
+@dataclass
+class ExampleConfig:
+    """Where forget, retain and anchor pictures come from.
+
+    Attributes:
+        forget_images: Folder with pictures of the concept; None lets the model draw them.
+        retain_images: Folder with pictures to keep; None lets the model draw them.
+        forget_examples: How many forget pictures to draw.
+        retain_examples: How many retain pictures to draw.
+        anchor_examples: How many pictures of what the concept is replaced by to draw, for methods that want them.
+        example_steps: Sampler steps of a drawn picture.
+        example_guidance: Guidance scale of a drawn picture.
+        example_batch_size: Pictures drawn or encoded at a time.
+    """
+
+    forget_images: str | None = None
+    retain_images: str | None = None
+    forget_examples: int = 800
+    retain_examples: int = 800
+    anchor_examples: int = 800
+    example_steps: int = 50
+    example_guidance: float = 7.5
+    example_batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        """Check what would only fail after the long work has begun."""
+        check_types(self)
+        for name in ("forget_examples", "retain_examples", "anchor_examples", "example_steps", "example_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for folder in (self.forget_images, self.retain_images):
+            if folder is not None and not Path(folder).is_dir():
+                raise FileNotFoundError(f"There is no image folder {folder}.")
+
+
+@dataclass
+class TrainedConfig:
+    """What every method that trains can be told; their configs inherit it.
+
+    Attributes:
+        parameters: Which weights to train: ``"full"``, ``"xattn"``, ``"xattn-kv"``, ``"selfattn"``, ``"noxattn"`` or
+            ``"notime"``.
+        batch_size: Pictures of each kind in a step, over all processes.
+        prune_ratio: Share of the linear and convolution weights, those of least magnitude, to set to zero for good
+            before unlearning (Unlearn-Sparse, arXiv 2304.04934).
+    """
+
+    parameters: str = field(
+        default="full", metadata={"choices": ["full", "xattn", "xattn-kv", "selfattn", "noxattn", "notime"]}
+    )
+    batch_size: int = 8
+    prune_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the types and ranges."""
+        check_types(self)
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
+        if not 0 <= self.prune_ratio < 1:
+            raise ValueError(f"`prune_ratio` must lie in [0, 1), got {self.prune_ratio}.")
+
+    @property
+    def part(self) -> str:
+        """The part of the model that changes; see `StableDiffusion.parts`."""
+        return "denoiser"
+
+
+@dataclass
+class Task:
+    """One unlearning run.
+
+    Attributes:
+        family: The original model, which stays as it is.
+        concept: What to forget.
+        model: A float32 copy of the part that the method changes, in place; the parameters that it may train require
+            gradients.
+        sources: Where pictures come from.
+        training: How to train.
+        identity: What makes this run this run; goes into checkpoints and masks.
+        accelerator: The process group.
+        output_dir: Where checkpoints, logs and extra files go; None writes nothing.
+        resume: Continue from the newest checkpoint.
+        kept: False where pruning has set a weight to zero; empty without pruning.
+    """
+
+    family: StableDiffusion
+    concept: Concept
+    model: torch.nn.Module
+    sources: ExampleConfig
+    training: TrainingConfig
+    identity: Mapping[str, Any]
+    accelerator: Accelerator
+    output_dir: Path | None = None
+    resume: bool = False
+    kept: Masks = field(default_factory=dict)
+    _examples: dict[str, Examples] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        """Seeds everything random."""
+        return self.training.seed
+
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """Name the parameters that may move."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def prompts(self, *lists: Sequence[str]) -> PromptTable:
+        """Encode prompts with the original text encoder."""
+        return PromptTable(self.family, [prompt for prompts in lists for prompt in prompts])
+
+    def anchors(self, captions: Sequence[str]) -> dict[str, str]:
+        """Map the concept's prompts and other captions, of a user's folder, to what is shown instead."""
+        known = dict(zip(self.concept.prompts, self.concept.anchors, strict=True))
+        return {**dict.fromkeys(captions, self.concept.anchors[0]), **known}
+
+    def examples(self, kind: str) -> Examples:
+        """Provide a set of pictures: from a folder, from an earlier start of this run, or drawn by the model.
+
+        Args:
+            kind: ``"forget"``, ``"retain"`` or ``"anchor"``. Picture k of the last shows the anchor of the concept's
+                prompt k, counted round.
+        """
+        if kind not in self._examples:
+            self._examples[kind] = self._provide(kind)
+        return self._examples[kind]
+
+    def _provide(self, kind: str) -> Examples:
+        sources, concept = self.sources, self.concept
+        prompts = {"forget": concept.prompts, "retain": concept.retain, "anchor": concept.anchors}[kind]
+        images = getattr(sources, f"{kind}_images", None)
+        if images is not None:
+            return read_image_folder(self.family, images, prompts, batch_size=sources.example_batch_size)
+        path = self.output_dir / "examples" / f"{kind}.safetensors" if self.output_dir else None
+        key = {
+            "base": self.identity["base"], "source": self.identity["examples"], "prompts": list(prompts),
+            "seed": self.seed,
+        }  # fmt: skip
+        stored = _stored(path)
+        if path is not None and stored.get("key") == key:
+            latents = storage.load_tensors(path)["latents"]
+            return Examples(latents, torch.zeros_like(latents), tuple(stored["shown"]))
+        drawn = draw_examples(
+            self.family, prompts, getattr(sources, f"{kind}_examples"), key=(self.seed, 7, _KINDS.index(kind)),
+            num_inference_steps=sources.example_steps, guidance_scale=sources.example_guidance,
+            batch_size=sources.example_batch_size, accelerator=self.accelerator, description=f"draw {kind} set",
+        )  # fmt: skip
+        if path is not None and self.accelerator.is_main_process:
+            storage.save_tensors(path, {"latents": drawn.mean}, {"key": key, "shown": drawn.prompts})
+        self.accelerator.wait_for_everyone()
+        return drawn
+
+    def train(self, objective: Objective, description: str, masks: Masks | None = None) -> History:
+        """Train the model.
+
+        Args:
+            objective: What to minimise.
+            description: The progress bar's label.
+            masks: Weights that must not move, besides those pruned.
+        """
+        both = dict(masks or {})
+        names = self.trained()
+        for name, kept in self.kept.items():
+            if name in names:
+                both[name] = kept & both[name].to(kept.device) if name in both else kept
+        return train(
+            self.model, objective, self.training, output_dir=self.output_dir, masks=both, resume=self.resume,
+            identity=self.identity, accelerator=self.accelerator, description=description,
+        )  # fmt: skip
+
+
+def _stored(path: Path | None) -> dict[str, Any]:
+    """What an earlier start of this run wrote beside its examples; nothing if it is absent or damaged."""
+    try:
+        return storage.read_metadata(path) if path is not None else {}
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+class MethodModule(Protocol):
+    """What the module of a method has."""
+
+    def run(self, task: Task, config: Any) -> tuple[History, dict[str, Any]]:
+        """Unlearn, changing `task.model` in place; returns the training's history and facts for the manifest."""
+        ...
