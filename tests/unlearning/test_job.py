@@ -18,7 +18,7 @@ from sfumato.loading import assets_folder
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "--forget_examples", "8", "--retain_examples", "8", "--example_steps", "3", "--example_batch_size", "4",
-    "--batch_size", "4", "--steps", "6", "--learning_rate", "1e-3", "--checkpoint_every", "2",
+    "--batch_size", "4", "--steps", "6", "--learning_rate", "1e-3", "--checkpoint_every", "2", "--no_verify",
 ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from sfumato.concepts import Concept
 from sfumato.families import StableDiffusion
 from sfumato.randomness import randint_for, randn_for
 from sfumato.trainer import NonFiniteLossError, Shard, TrainingConfig, make_accelerator, train
+from sfumato.unlearning import core
 from sfumato.unlearning.examples import Examples, PromptTable
 from sfumato.unlearning.saliency import load_mask, mask_density, top_mask
 from sfumato.unlearning.salun import MASK_STREAM, SalUnConfig, SalUnObjective, saliency_mask
@@ -163,6 +164,16 @@ def test_result_is_a_folder_that_stock_diffusers_loads_with_its_manifest(tiny_pi
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+def test_the_manifest_counts_what_passes_through_the_denoiser(tiny_pipe, tmp_path):
+    import json
+
+    sfumato.unlearn(tiny_pipe, "a sneaker", output_dir=tmp_path / "out", **SMALL, example_guidance=3.0)
+    drawing, mask = 8 * 2 * 2, 4 * 2  # guided pictures of two steps, and one guided pass over the forget set
+    training = 3 * (2 + 2 + 2) + (2 + 2 + 2)  # student, retain and teacher; the last for the check of the loss
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["denoiser_evaluations"] == drawing + mask + training
+
+
 def test_finished_result_is_never_overwritten(tiny_pipe, tmp_path):
     sfumato.unlearn(tiny_pipe, "a sneaker", output_dir=tmp_path, **SMALL)
     before = (tmp_path / "manifest.json").read_text()
@@ -202,6 +213,15 @@ def test_half_precision_pipeline_comes_back_in_half_precision(tiny_pipe):
     tiny_pipe.to(torch.bfloat16)
     result = sfumato.unlearn(tiny_pipe, "a sneaker", mask_ratio=0.5, **SMALL)
     assert result.unet.dtype == torch.bfloat16
+
+
+def test_weights_that_half_precision_can_not_hold_are_not_made_infinite():
+    model = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(model.weight, 70_000.0)
+    core._cast(model, torch.bfloat16)
+    assert model.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="weight has a weight of .* beyond what torch.float16 can hold"):
+        core._cast(model, torch.float16)
 
 
 def test_image_folders_replace_the_model_s_own_pictures(tiny_pipe, tmp_path):

@@ -16,7 +16,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
 
 from sfumato import concepts, recipes, storage
 from sfumato.families import family_of
@@ -31,6 +33,7 @@ from sfumato.trainer import TrainingConfig, make_accelerator, preflight
 from sfumato.unlearning.pruning import prune
 from sfumato.unlearning.saliency import mask_density
 from sfumato.unlearning.task import ExampleConfig, Task
+from sfumato.unlearning.verdict import pronounce, require_known
 
 __all__ = ["METHODS", "ExampleConfig", "Method", "method_named", "unlearn"]
 
@@ -85,6 +88,7 @@ def unlearn(
     output_dir: str | Path | None = None,
     resume: bool = False,
     recipe: str | Path | None = None,
+    verify: bool = True,
     **settings: Any,
 ) -> DiffusionPipeline:
     """Make a pipeline forget a concept.
@@ -98,6 +102,7 @@ def unlearn(
         output_dir: Where to write the result, mask, manifest and logs; None keeps it all in memory.
         resume: Continue a run in `output_dir` that was cut short.
         recipe: A YAML file of settings; default is the model's own recipe, if it has one.
+        verify: Check at the end whether the concept is gone and what happened to its neighbours, and say so.
         **settings: Any field of the method's config, `ExampleConfig` or `TrainingConfig`; they override the recipe.
 
     Returns:
@@ -141,9 +146,16 @@ def unlearn(
         task.kept = prune(model, config.prune_ratio)
     pipe.to(accelerator.device)
     model.to(accelerator.device)
-    history, facts = implementation.run(task, config)
-    model.requires_grad_(False).to(next(family.parts[config.part].parameters()).dtype)
+    require_known(family, concept)
+    with _counting(family.denoiser, model if config.part == "denoiser" else None) as evaluations:
+        history, facts = implementation.run(task, config)
+    facts = {**facts, "denoiser_evaluations": int(accelerator.reduce(evaluations.to(accelerator.device)).item())}
+    _cast(model.requires_grad_(False), next(family.parts[config.part].parameters()).dtype)
     result = family.with_parts({config.part: model})
+    if verify and accelerator.is_main_process:
+        verdict = pronounce(pipe, result, concept, training.seed)
+        facts = {**facts, "verdict": verdict.as_dict()}
+        tqdm.write(verdict.sentence(concept.name), file=sys.stderr)
     if folder is not None and accelerator.is_main_process:
         settings_used = {name: value for part in configs.values() for name, value in asdict(part).items()}
         manifest = _manifest(task, method, settings_used, facts)
@@ -170,12 +182,40 @@ def _configure(classes: Sequence[Any], settings: Mapping[str, Any]) -> list[Any]
     return [cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings}) for cls in classes]
 
 
+@contextmanager
+def _counting(*denoisers: torch.nn.Module | None) -> Iterator[torch.Tensor]:
+    """Count the samples that pass through denoisers; a guided prediction is two."""
+    count = torch.zeros((), dtype=torch.int64)
+
+    def see(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        count.add_(len(args[0] if args else kwargs["sample"]))
+
+    hooks = [denoiser.register_forward_pre_hook(see, with_kwargs=True) for denoiser in denoisers if denoiser]
+    try:
+        yield count
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _trainable_copy(part: torch.nn.Module, names: Sequence[str]) -> torch.nn.Module:
     copied = copy.deepcopy(part).float().eval()
     wanted = set(names)
     for name, parameter in copied.named_parameters():
         parameter.requires_grad_(name in wanted)
     return copied
+
+
+def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Give the model the dtype that the pipeline came in, unless a weight would become infinite in it."""
+    limit = torch.finfo(dtype).max
+    for name, parameter in model.named_parameters():
+        if parameter.abs().max() > limit:
+            raise ValueError(
+                f"{name} has a weight of {parameter.abs().max():.3g}, beyond what {dtype} can hold: load the pipeline"
+                " in float32 or bfloat16, or use a smaller learning rate."
+            )
+    model.to(dtype)
 
 
 def _size_of(pipe: DiffusionPipeline) -> int:

@@ -25,6 +25,7 @@ class JobConfig:
         retain: Prompts that must keep their meaning.
         recipe: A YAML file of settings, or the name of a shipped recipe.
         resume: Continue a run that was cut short.
+        verify: Check at the end whether the concept is gone and what happened to its neighbours, and say so.
     """
 
     forget: list[str] = field(metadata={"nargs": "+"})
@@ -34,6 +35,7 @@ class JobConfig:
     retain: list[str] | None = field(default=None, metadata={"nargs": "+"})
     recipe: str | None = None
     resume: bool = False
+    verify: bool = True
 
 
 def main(method: str, arguments: Sequence[str] | None = None) -> None:
@@ -55,7 +57,7 @@ def main(method: str, arguments: Sequence[str] | None = None) -> None:
         settings = {name: value for config in configs for name, value in asdict(config).items()}
         unlearn(
             pipe, job.forget, method, anchor=job.anchor, retain=job.retain, output_dir=job.output, resume=job.resume,
-            **settings,
+            verify=job.verify, **settings,
         )  # fmt: skip
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")

@@ -1,0 +1,201 @@
+"""Compare the unlearning methods on the embedded model: ``python benchmarks/unlearning.py --output bench-unlearning``.
+
+Every method forgets every concept with every seed, by its recipe, in a process of its own; the result is drawn and
+judged against the original. Finished cells are kept in the output folder, so a run that was cut short goes on. The
+table has a row a method, pooled over concepts and seeds, with 95 % Wilson intervals; the picture shows one concept.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+import sfumato
+from sfumato import storage
+from sfumato.arguments import make_parser
+from sfumato.concepts import vocabulary_of
+from sfumato.evaluation.generation import draw
+from sfumato.evaluation.judge import Judge
+from sfumato.evaluation.metrics import Proportion, frechet_distance, wilson
+from sfumato.evaluation.report import label_rows, picture_grid
+from sfumato.evaluation.unlearning import Protocol, score
+from sfumato.families import latent_space_of
+from sfumato.loading import assets_folder
+from sfumato.unlearning.core import METHODS
+
+NEIGHBOURS = {"sneaker": ("sandal", "boot")}
+DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0}
+
+
+@dataclass
+class UnlearningConfig:
+    """What to compare.
+
+    Attributes:
+        output: Folder for the cells, the table and the picture.
+        methods: Comma-separated; all by default.
+        concepts: Comma-separated.
+        seeds: Of training and of the pictures, comma-separated.
+        pictures: Pictures of the concept to judge, about; three times as many of everything else.
+        strip: The concept and seed to show for every method.
+    """
+
+    output: str
+    methods: str = ",".join(METHODS)
+    concepts: str = "sneaker,bag,sketch,red"
+    seeds: str = "0,1,2"
+    pictures: int = 144
+    strip: str = "sneaker,0"
+
+
+class Bench:
+    """The original model, its judge, and real pictures."""
+
+    def __init__(self, config: UnlearningConfig) -> None:
+        self.config, self.folder = config, Path(config.output)
+        self.pipe = sfumato.load("atelier")
+        vocabulary = vocabulary_of(self.pipe)
+        assert vocabulary is not None  # atelier ships with one
+        self.vocabulary, self.judge = vocabulary, Judge.load(assets_folder() / "judge")
+        renders = assets_folder() / "renders"
+        self.rows = [json.loads(line) for line in (renders / "metadata.jsonl").read_text().splitlines()]
+        pictures = [Image.open(renders / row["file_name"]).convert("RGB") for row in self.rows]
+        with torch.no_grad():
+            self.real = self.judge.features(latent_space_of(self.pipe).preprocess(pictures))
+
+    def cell(self, method: str, concept: str, seed: int) -> dict[str, Any]:
+        """Scores of one run, from the folder if they are there."""
+        path = self.folder / "cells" / f"{method}-{concept}-{seed}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        facts: dict[str, Any] = {}
+        pipe = self.pipe
+        if method != "original":
+            trained = self.folder / "models" / f"{method}-{concept}-{seed}"
+            if not (trained / "model_index.json").exists():
+                self.train(method, concept, seed, trained)
+            manifest = json.loads((trained / "manifest.json").read_text())
+            facts = {key: manifest[key] for key in ("seconds", "peak_memory_mb", "denoiser_evaluations")}
+            pipe = DiffusionPipeline.from_pretrained(trained, dtype=torch.float32)
+        scores = {**self.score(pipe, concept, seed), **facts}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_text(path, json.dumps(scores, indent=1))
+        return scores
+
+    def train(self, method: str, concept: str, seed: int, output: Path) -> None:
+        """Run the job, in a process of its own: its memory is then its own too."""
+        command = [
+            sys.executable, "-m", "sfumato.cli", "unlearn", method, "--forget", concept, "--output", str(output),
+            "--no_verify", *(["--seed", str(seed)] if METHODS[method].trains else []),
+            *(["--resume"] if output.exists() else []),
+        ]  # fmt: skip
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+    def score(self, pipe: DiffusionPipeline, concept: str, seed: int) -> dict[str, Any]:
+        """Draw and judge the protocol of a concept."""
+        count = len(self.vocabulary.combinations(self.vocabulary.parse(concept)))
+        others = len(self.vocabulary.combinations({})) - count
+        protocol = Protocol.for_concept(
+            self.vocabulary, concept, forget_repeats=max(1, round(self.config.pictures / count)),
+            retain_repeats=max(1, round(3 * self.config.pictures / others)),
+        )  # fmt: skip
+        pictures = draw(pipe, protocol.prompts, seed=seed, description=None, **DRAWING)
+        scores: dict[str, Any] = score(protocol, self.judge, pictures).as_dict()
+        kept = torch.tensor([not protocol.target.items() <= dict(row).items() for row in protocol.attributes])
+        real = torch.tensor([not protocol.target.items() <= row.items() for row in self.rows])
+        with torch.no_grad():
+            scores["distance"] = frechet_distance(self.judge.features(pictures[kept]), self.real[real])
+        for name in NEIGHBOURS.get(concept, ()):
+            wanted = self.vocabulary.parse(name)
+            at = [k for k, row in enumerate(protocol.attributes) if wanted.items() <= dict(row).items()]
+            seen = self.judge.predict(pictures[at])
+            right = [
+                self.judge.domains[d].index(w) == int(seen[d][k]) for d, w in wanted.items() for k in range(len(at))
+            ]
+            scores.setdefault("neighbours", {})[name] = wilson(sum(right), len(right)).as_dict()
+        return scores
+
+
+def pooled(cells: list[dict[str, Any]], key: str) -> Proportion:
+    """One proportion of several."""
+    return wilson(sum(cell[key]["successes"] for cell in cells), sum(cell[key]["total"] for cell in cells))
+
+
+def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row of the table: shares pooled, figures averaged."""
+    row: dict[str, Any] = {key: pooled(cells, key).as_dict() for key in ("ua", "ira", "cra")}
+    for key in ("distance", "seconds", "peak_memory_mb", "denoiser_evaluations"):
+        values = [cell[key] for cell in cells if key in cell]
+        row[key] = sum(values) / len(values) if values else None
+    with_neighbours = [cell["neighbours"] for cell in cells if "neighbours" in cell]
+    for name in dict.fromkeys(name for found in with_neighbours for name in found):
+        row[name] = pooled(with_neighbours, name).as_dict()
+    return row
+
+
+def shown(share: Mapping[str, float]) -> str:
+    """A share with its interval, in percent."""
+    return f"{100 * share['value']:.1f} [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The rows in Markdown."""
+    neighbours = list(dict.fromkeys(name for names in NEIGHBOURS.values() for name in names))
+    head = ["", "UA", "IRA", "CRA", *neighbours, "distance", "seconds", "MB", "evaluations"]
+    lines = [head, ["---"] * len(head)]
+    for name, row in rows.items():
+        shares = [shown(row[key]) if key in row else "" for key in ("ua", "ira", "cra", *neighbours)]
+        keys = ("seconds", "peak_memory_mb", "denoiser_evaluations")
+        costs = ["" if row[key] is None else f"{row[key]:,.0f}" for key in keys]
+        lines.append([name, *shares, f"{row['distance']:.2f}", *costs])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def strip(bench: Bench, methods: list[str], concept: str, seed: int) -> Image.Image:
+    """One concept across all methods: a row each, the same prompts and seeds; its own prompts, then others."""
+    vocabulary, target = bench.vocabulary, bench.vocabulary.parse(concept)
+    rows = vocabulary.combinations({})
+    forget = [row for row in rows if target.items() <= row.items()]
+    others = [row for row in rows if row not in forget]
+    chosen = [forget[k * len(forget) // 6] for k in range(6)] + [others[k * len(others) // 9] for k in range(9)]
+    prompts = [vocabulary.prompt(row) for row in chosen]
+    pictures = [draw(bench.pipe, prompts, seed=seed, description=None, **DRAWING)]
+    for method in methods:
+        trained = bench.folder / "models" / f"{method}-{concept}-{seed}"
+        pipe = DiffusionPipeline.from_pretrained(trained, dtype=torch.float32)
+        pictures.append(draw(pipe, prompts, seed=seed, description=None, **DRAWING))
+    return label_rows(picture_grid(torch.stack(pictures), scale=2), ["original", *methods])
+
+
+def main(config: UnlearningConfig) -> None:
+    """Run what is missing, print the table, write it and the picture."""
+    bench, methods = Bench(config), config.methods.split(",")
+    concepts, seeds = config.concepts.split(","), [int(seed) for seed in config.seeds.split(",")]
+    rows = {}
+    for method in ["original", *methods]:
+        cells = []
+        for concept in concepts:
+            for seed in seeds:
+                cells.append(bench.cell(method, concept, seed))
+                last = cells[-1]
+                print(
+                    f"{method:18} {concept:10} {seed}  UA {shown(last['ua'])}  IRA {shown(last['ira'])}  "
+                    f"CRA {shown(last['cra'])}", flush=True,
+                )  # fmt: skip
+        rows[method] = summary(cells)
+    print(table(rows))
+    storage.write_text(bench.folder / "table.json", json.dumps(rows, indent=1))
+    name, seed = config.strip.split(",")
+    if name in concepts and int(seed) in seeds:
+        strip(bench, methods, name, int(seed)).save(bench.folder / "methods.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main(make_parser(UnlearningConfig, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()[0])
