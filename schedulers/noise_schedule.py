@@ -7,6 +7,7 @@ from the Hub carries along. Tables are float64. Notation: A = `alphas_cumprod`, 
 import math
 from collections.abc import Mapping, Sequence
 from inspect import signature
+from numbers import Integral
 from typing import Any
 
 import diffusers
@@ -87,8 +88,9 @@ def noise_schedule(config: Any) -> tuple[Tensor, Tensor]:
 def spaced_times(config: Any, steps: int) -> list[int]:
     """Times of a run of `steps` steps, falling, spaced as stock schedulers do it."""
     count = config.num_train_timesteps
-    if not 1 <= steps <= count:
-        raise ValueError(f"`num_inference_steps` must lie in [1, {count}] (`num_train_timesteps`), got {steps}.")
+    if not isinstance(steps, Integral) or not 1 <= steps <= count:
+        limit = f"[1, {count}] (`num_train_timesteps`)"
+        raise ValueError(f"`num_inference_steps` must be a whole number in {limit}, got {steps!r}.")
     if config.timestep_spacing == "leading":
         times = np.arange(steps) * (count // steps) + config.steps_offset
     elif config.timestep_spacing == "linspace":

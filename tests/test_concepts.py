@@ -105,6 +105,28 @@ def test_retain_prompts_of_the_user_are_taken_as_they_are():
         resolve(OTHER, "dog", retain=["a small dog"])
 
 
+def test_retain_prompts_are_read_with_the_vocabulary(words):
+    with pytest.raises(ValueError, match="'a red trainer' is to be retained but names sneaker"):
+        words.concept(["sneaker"], None, ["a red trainer"])
+    with pytest.raises(ValueError, match="does not know the concept 'hat'"):
+        words.concept(["sneaker"], None, ["a photo of a hat"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"forget": None}, "`forget` must be text, or a list of texts, got None"),
+        ({"forget": ["sneaker", 3]}, "`forget` must be text"),
+        ({"retain": [3]}, "`retain` must be text"),
+        ({"anchor": 5}, "`anchor` must be text"),
+        ({"anchor": " "}, "`anchor` is empty"),
+    ],
+)
+def test_what_is_no_text_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(OTHER, **{"forget": "sneaker", **settings})
+
+
 def test_anchor_equal_to_the_concept_is_refused():
     with pytest.raises(ValueError, match="is the concept itself"):
         resolve(OTHER, "Dog", anchor="dog")

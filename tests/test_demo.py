@@ -1,5 +1,6 @@
 import json
 import sys
+import time
 
 import pytest
 
@@ -56,6 +57,35 @@ def test_job_s_own_output_is_shown_as_it_comes(capfd):
     script = "import sys; print('\\rdraw 1', end='\\rdraw 2', file=sys.stderr); sys.exit(3)"
     assert _run_job([sys.executable, "-c", script]) == (3, "")
     assert capfd.readouterr().err == "\rdraw 1\rdraw 2"
+
+
+def test_an_interrupted_job_takes_its_children_along(tmp_path, monkeypatch):
+    """The launcher starts processes of its own, which would go on alone."""
+    alive = tmp_path / "alive"
+    child = f"import time\nwhile True: open({str(alive)!r}, 'a').write('.'); time.sleep(0.02)"
+    script = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]).wait()"
+
+    def interrupted(*_, **__):
+        while not alive.exists():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sfumato.demo.io.TextIOWrapper", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _run_job([sys.executable, "-c", script])
+    time.sleep(0.2)
+    size = alive.stat().st_size
+    time.sleep(0.3)
+    assert alive.stat().st_size == size
+
+
+def test_folder_below_a_file_and_seeds_that_torch_can_not_take_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file is a file"):
+        run_demo(DemoConfig(output=str(tmp_path / "file" / "demo")))
+    for seed in (-1, 2**63):
+        with pytest.raises(ValueError, match="`seed` must be a whole number from 0"):
+            DemoConfig(seed=seed)
 
 
 def test_job_that_dies_without_a_word_is_reported(monkeypatch, tmp_path):

@@ -20,6 +20,22 @@ def test_directory_appears_only_when_its_block_ends_well(tmp_path):
     assert [path.name for path in target.iterdir()] == ["new"]
 
 
+def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.mkdir()
+    (target / "old").write_text("")
+    link.symlink_to(target)
+    with storage.atomic_directory(link) as folder:
+        (folder / "new").write_text("")
+    assert link.is_symlink() and [file.name for file in target.iterdir()] == ["new"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "target"]
+
+
+def test_a_mount_point_is_refused_before_anything_is_written():
+    with pytest.raises(OSError, match="mount point"), storage.atomic_directory("/proc"):
+        pass
+
+
 def test_tensors_and_metadata_survive_the_file(tmp_path):
     tensors = {"a": torch.randn(3, 4).half(), "b": torch.tensor(7)}
     path = storage.save_tensors(tmp_path / "x.safetensors", tensors, {"n": 3, "words": ["é", "b"]})

@@ -6,7 +6,7 @@ import torch
 
 from sfumato import storage
 from sfumato.randomness import randn_for
-from sfumato.trainer import MaskedUpdate, NonFiniteLossError, Shard, TrainingConfig, train
+from sfumato.trainer import MaskedUpdate, NonFiniteLossError, Shard, TrainingConfig, make_accelerator, preflight, train
 
 
 class Regression:
@@ -127,6 +127,17 @@ def test_corrupt_checkpoint_is_named_and_kept(tmp_path):
     with pytest.raises(ValueError, match="corrupt or cut short"):
         train(linear(), Regression(), CONFIG, output_dir=tmp_path, resume=True)
     assert file.exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "weights.safetensors", "history.json"])
+def test_a_checkpoint_with_a_file_missing_is_refused_before_the_work(tmp_path, name):
+    train(linear(), Regression(), CONFIG, output_dir=tmp_path)
+    checkpoint = next(tmp_path.glob("checkpoints/*"))
+    (checkpoint / name).unlink()
+    with pytest.raises(ValueError, match=f"{name}.*delete .* to fall back"):
+        preflight(
+            linear(), 8, CONFIG, accelerator=make_accelerator(CONFIG), output_dir=tmp_path, identity=None, resume=True
+        )
 
 
 def test_damaged_state_is_named(tmp_path):
@@ -253,6 +264,14 @@ def test_tensorboard_receives_the_losses(tmp_path):
         ("lr_schedule", "step", "`lr_schedule` must be"),
         ("mixed_precision", "int8", "`mixed_precision` must be"),
         ("gradient_accumulation_steps", 0, "must be at least 1"),
+        ("warmup_steps", -5, "`warmup_steps` must be at least 0, got -5"),
+        ("weight_decay", -0.1, "`weight_decay` must be at least 0"),
+        ("checkpoint_every", -1, "`checkpoint_every` must be at least 0"),
+        ("max_grad_norm", -1.0, "`max_grad_norm` must be above 0"),
+        ("max_grad_norm", 0.0, "`max_grad_norm` must be above 0"),
+        ("ema_decay", 5.0, r"`ema_decay` must lie in \[0, 1\)"),
+        ("seed", -1, "`seed` must be a whole number from 0"),
+        ("seed", 2**70, "`seed` must be a whole number from 0"),
     ],
 )
 def test_bad_settings_are_refused_at_construction(field, value, message):

@@ -39,7 +39,7 @@ def release(
 
     Args:
         run: The output folder of ``train_atelier.py``.
-        assets: Where the folders go; replaced if they exist.
+        assets: Where the folders go, an empty folder.
         test: Test pictures ``(N, 28, 28)`` and labels ``(N,)``, never trained on.
         repeats: Generated pictures for each of the 240 combinations of garment, style and colour.
         steps: DDIM steps of a generated picture.
@@ -70,7 +70,7 @@ def _pack(run: Path, assets: Path) -> tuple[StableDiffusionPipeline, ClassCondit
 
     tokenizer = networks.make_tokenizer(run / "tokenizer")
     autoencoder = finished("autoencoder", networks.AutoencoderLoss(networks.make_autoencoder())).autoencoder
-    scale = json.loads((run / "latents.json").read_text())["scaling_factor"]
+    scale = storage.read_metadata(run / "latents.safetensors")["scaling_factor"]
     autoencoder.register_to_config(scaling_factor=scale)
     both = finished("denoiser", networks.make_denoiser(tokenizer))
     pipe = StableDiffusionPipeline(

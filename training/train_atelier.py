@@ -10,8 +10,9 @@ run again. On two CPU cores all of it takes about two hours, on one accelerator 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from sfumato import atelier, storage
 from sfumato.arguments import make_parser
 from sfumato.evaluation.judge import Judge
 from sfumato.randomness import permuted_indices, randint_for, randn_for, rng_for
+from sfumato.settings import check_seed, check_types
 from sfumato.trainer import Objective, Shard, TrainingConfig, make_accelerator, train
 from sfumato.training import atelier_networks as networks
 from sfumato.training.atelier_release import release
@@ -66,6 +68,18 @@ class AtelierConfig:
     seed: int = 0
     measured_repeats: int = 9
     measured_steps: int = 50
+
+    def __post_init__(self) -> None:
+        """Check the settings of all stages before the first."""
+        check_types(self)
+        check_seed(self.seed)
+        unknown = set(self.stages.split(",")) - set(STAGES)
+        if unknown:
+            raise ValueError(f"Unknown stage {sorted(unknown)[0]!r}; choose from {', '.join(STAGES)}.")
+        for name in (*(f"{stage}_steps" for stage in STAGES), "measured_repeats", "measured_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        stage_config(self, 1, 1e-3)
 
 
 class Renders:
@@ -234,12 +248,11 @@ def encode_all(
             truths.append(truth)
         columns = {name: torch.cat([truth[name] for truth in truths]) for name in truths[0]}
         encoded = torch.cat(latents)
-        storage.save_tensors(cache, {"latents": encoded, **columns})
         factor = {"scaling_factor": 1 / encoded.float().std().item()}
-        storage.write_text(folder / "latents.json", json.dumps(factor))
+        storage.save_tensors(cache, {"latents": encoded, **columns}, factor)
     accelerator.wait_for_everyone()
     stored = storage.load_tensors(cache)
-    return stored.pop("latents"), stored, json.loads((folder / "latents.json").read_text())["scaling_factor"]
+    return stored.pop("latents"), stored, storage.read_metadata(cache)["scaling_factor"]
 
 
 def stage_config(
@@ -256,9 +269,22 @@ def stage_config(
 def run_stage(
     name: str, model: nn.Module, objective: Objective, settings: TrainingConfig, folder: Path, accelerator: Accelerator
 ) -> nn.Module:
-    """Train one stage, or load it if it is finished; returns the model in evaluation mode."""
-    finished = folder / name / "finished.safetensors"
-    if not finished.exists():
+    """Train one stage, or load it if it is finished; returns the model in evaluation mode.
+
+    Raises:
+        FileExistsError: If it was finished with other settings.
+    """
+    finished, identity = folder / name / "finished.safetensors", json.loads(json.dumps(asdict(settings)))
+    if finished.exists():
+        stored = storage.read_metadata(finished).get("settings", {})
+        differing = [key for key in identity if stored.get(key) != identity[key]]
+        if differing:
+            key = differing[0]
+            raise FileExistsError(
+                f"{finished.parent} was finished with {key} {stored.get(key)}, not {identity[key]}: use the same"
+                " settings, or another --output."
+            )
+    else:
         model.train()
         history = train(
             model, objective, settings, output_dir=folder / name, resume=True, identity={"stage": name},
@@ -266,7 +292,7 @@ def run_stage(
         )  # fmt: skip
         if accelerator.is_main_process:
             storage.write_text(folder / name / "history.json", json.dumps(history))
-            storage.save_tensors(finished, model.state_dict())
+            storage.save_tensors(finished, model.state_dict(), {"settings": identity})
         accelerator.wait_for_everyone()
     model.load_state_dict(storage.load_tensors(finished))
     return model.to(accelerator.device).eval()
@@ -274,11 +300,10 @@ def run_stage(
 
 def main(config: AtelierConfig) -> None:
     """Run the chosen stages."""
-    unknown = set(config.stages.split(",")) - set(STAGES)
-    if unknown:
-        raise ValueError(f"Unknown stage {sorted(unknown)[0]!r}; choose from {', '.join(STAGES)}.")
-    images, labels = atelier.find_fashion_mnist(config.data_dir)
     folder, seed = Path(config.output), config.seed
+    if (folder / "assets").exists():
+        raise FileExistsError(f"{folder / 'assets'} exists already, and is not overwritten: choose another --output.")
+    images, labels = atelier.find_fashion_mnist(config.data_dir)
     torch.manual_seed(seed)
     renders = Renders(images, labels, seed)
     accelerator = make_accelerator(TrainingConfig(mixed_precision=config.mixed_precision))
@@ -305,12 +330,16 @@ def main(config: AtelierConfig) -> None:
         settings = stage_config(config, config.pixel_steps, 1e-3, ema_decay=0.999)
         run_stage("pixel", networks.make_pixel_denoiser(), labelled, settings, folder, accelerator)
     if accelerator.is_main_process and all((folder / stage / "finished.safetensors").exists() for stage in STAGES):
-        quality = release(
-            folder, folder / "assets", atelier.find_fashion_mnist(config.data_dir, "test"),
-            repeats=config.measured_repeats, steps=config.measured_steps,
-        )  # fmt: skip
+        with storage.atomic_directory(folder / "assets") as assets:
+            quality = release(
+                folder, assets, atelier.find_fashion_mnist(config.data_dir, "test"), repeats=config.measured_repeats,
+                steps=config.measured_steps,
+            )  # fmt: skip
         print(json.dumps(quality, indent=1))
 
 
 if __name__ == "__main__":
-    main(make_parser(AtelierConfig, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()[0])
+    try:
+        main(make_parser(AtelierConfig, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()[0])
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")

@@ -37,12 +37,13 @@ def check_same_run(checkpoint: Path, identity: Mapping[str, Any]) -> None:
         ValueError: If it differs from what the checkpoint stored; the message says in what.
     """
     state = _read_json(checkpoint / "state.json")
-    if "identity" not in state or "step" not in state:
+    if not {"identity", "step", "files"} <= set(state):
         raise ValueError(f"{checkpoint / 'state.json'} is damaged; delete {checkpoint} to fall back.")
-    for file in checkpoint.glob("*.safetensors"):
+    _read_json(checkpoint / "history.json")
+    for name in state["files"]:
         try:
-            storage.read_metadata(file)
-        except ValueError as error:
+            storage.read_metadata(checkpoint / name)
+        except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"{error} This is a checkpoint: delete {checkpoint} to fall back.") from error
     stored = state["identity"]
     differing = [key for key in identity if stored.get(key) != identity[key]]
@@ -107,8 +108,11 @@ def save(
         ):  # fmt: skip
             if tensors:  # plain SGD has no moments, and not every run an average or a state
                 storage.save_tensors(partial / f"{name}.safetensors", tensors)
+        files = sorted(file.name for file in partial.glob("*.safetensors"))
         storage.write_text(partial / "history.json", json.dumps(history))
-        storage.write_text(partial / "state.json", json.dumps({"step": step, "identity": identity}, indent=1))
+        storage.write_text(
+            partial / "state.json", json.dumps({"step": step, "identity": identity, "files": files}, indent=1)
+        )
     for old in sorted(target.parent.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
 

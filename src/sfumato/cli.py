@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; a job continues with --resume")
+        sys.exit("interrupted" + ("; the job continues with --resume" if options.command == "unlearn" else ""))
 
 
 def _make_parser() -> argparse.ArgumentParser:

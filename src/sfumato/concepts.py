@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
@@ -182,6 +183,11 @@ class Vocabulary:
                 )
             for number, one in enumerate(self.combinations(target, partial=True)):
                 prompts[self.prompt(one, number)] = self.prompt({**one, **replacement}, number)
+        for prompt in retain or ():
+            if prompt.strip() and any(_names(self.parse(prompt), target) for target in targets):
+                raise ValueError(
+                    f"{prompt!r} is to be retained but names {', '.join(forget)}, which is to be forgotten."
+                )
         if retain is None:
             kept = [one for one in self.combinations({}, partial=True) if not any(_names(one, t) for t in targets)]
             retain = tuple(dict.fromkeys(self.prompt(one, number) for number, one in enumerate(kept)))
@@ -210,6 +216,13 @@ def vocabulary_of(pipe: DiffusionPipeline) -> Vocabulary | None:
     return Vocabulary.load(path) if path is not None and path.is_file() else None
 
 
+def _texts(name: str, values: Any) -> list[str]:
+    """Give a list of texts as it is; ValueError if it is something else."""
+    if not isinstance(values, Sequence) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"`{name}` must be text, or a list of texts, got {values!r}.")
+    return list(values)
+
+
 def resolve(
     pipe: DiffusionPipeline,
     forget: str | Sequence[str],
@@ -231,10 +244,12 @@ def resolve(
     Raises:
         ValueError: If a phrase is empty or unknown to the model, or the sets contradict each other.
     """
-    phrases = [forget] if isinstance(forget, str) else list(forget)
+    phrases = _texts("forget", [forget] if isinstance(forget, str) else forget)
+    retain = None if retain is None else _texts("retain", [retain] if isinstance(retain, str) else retain)
+    if anchor is not None and not _texts("anchor", [anchor])[0].strip():
+        raise ValueError("`anchor` is empty: name what to show instead, or leave it out for the default.")
     if not phrases or not all(phrase.strip() for phrase in phrases):
         raise ValueError("There is nothing to forget: `forget` is empty. Name a concept, for instance 'sneaker'.")
-    retain = [retain] if isinstance(retain, str) else retain
     _refuse_contradictions(phrases, anchor, retain or ())
     vocabulary = vocabulary_of(pipe)
     if vocabulary is not None:

@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -30,7 +31,7 @@ from sfumato.evaluation.generation import draw
 from sfumato.evaluation.judge import Judge
 from sfumato.evaluation.unlearning import Protocol, UnlearningScores, score_pipeline
 from sfumato.schedulers.scheduling_time_shift import TimeShiftScheduler
-from sfumato.settings import check_types
+from sfumato.settings import check_seed, check_types
 from sfumato.unlearning.core import peak_memory_mb
 
 __all__ = ["DemoConfig", "run_demo"]
@@ -69,8 +70,7 @@ class DemoConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {value}.")
-        if self.seed < 0:
-            raise ValueError(f"`--seed` must not be negative, got {self.seed}.")
+        check_seed(self.seed)
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
@@ -143,8 +143,11 @@ def _check_output(output: Path) -> Path:
     """Accept a folder that is absent, empty, or an earlier demo's."""
     if output.resolve() == Path.cwd().resolve():
         raise ValueError("The demo makes a folder of its own; name it with --output, for instance --output demo.")
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"{output} is a file; choose another folder with --output.")
+    for place in (output, *output.parents):
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(f"{place} is a file; choose another folder with --output.")
+    if output.is_mount():
+        raise OSError(f"{output} is a mount point, which can't be replaced; choose a folder inside it with --output.")
     if output.is_dir() and any(output.iterdir()):
         made_here = {"report.html", "report.json", "before-after.png", "unlearned"}
         try:
@@ -167,9 +170,11 @@ def _timed(seconds: dict[str, float], name: str, call: Any) -> Any:
 
 def _launch(config: DemoConfig, output: Path) -> None:
     """Unlearn in a process group of its own, as a user would."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    threads = os.environ.get("OMP_NUM_THREADS") or str(len(affinity(0)) if affinity else os.cpu_count() or 1)
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(os.cpu_count() or 1),
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", threads,
         "-m", "sfumato.training.salun", "--model", "atelier", "--forget", config.forget, "--output", str(output),
         "--seed", str(config.seed), "--no_verify",  # the demo draws and judges more than a job would
     ]  # fmt: skip
@@ -185,7 +190,8 @@ def _run_job(command: Sequence[str]) -> tuple[int, str]:
     terminal = shutil.get_terminal_size()  # a pipe has none, and progress bars would shrink
     environment = {**os.environ, "COLUMNS": str(terminal.columns), "LINES": str(terminal.lines)}
     said = ""
-    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as process:
+    # A session of its own: the launcher has children, and an interruption must reach them all.
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, start_new_session=True) as process:
         try:
             for line in io.TextIOWrapper(process.stderr, errors="replace", newline=""):  # type: ignore[type-var]
                 if line.startswith("error: "):
@@ -194,7 +200,7 @@ def _run_job(command: Sequence[str]) -> tuple[int, str]:
                     sys.stderr.write(line)
                     sys.stderr.flush()
         except BaseException:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             raise
     return process.returncode, said
 

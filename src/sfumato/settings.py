@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["check_types"]
+__all__ = ["check_seed", "check_types"]
 
 _KINDS: dict[type, tuple[Any, str]] = {
     bool: (bool, "True or False"),
@@ -36,6 +36,12 @@ def check_types(config: Any) -> None:
         kind = next((choice for choice in choices if choice in _KINDS), None)
         if kind is not None and not (value is None and type(None) in choices):
             setattr(config, name, _checked(name, value, kind))
+
+
+def check_seed(seed: int) -> None:
+    """Raise a ValueError unless torch can take a seed."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"`seed` must be a whole number from 0 to 2^63 - 1, got {seed}.")
 
 
 def _checked(name: str, value: Any, kind: type) -> Any:

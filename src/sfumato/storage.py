@@ -42,12 +42,17 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Fill a directory that appears under its name only when the block ends without an error.
 
     Args:
-        path: The final directory; replaced if it exists.
+        path: The final directory; replaced if it exists. A symbolic link stays, and its target is replaced.
 
     Yields:
         A hidden sibling to write into, on the same file system.
+
+    Raises:
+        OSError: If `path` is a mount point, which can't be replaced.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.is_mount():
+        raise OSError(f"{path} is a mount point, which can't be replaced; choose a folder inside it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir()

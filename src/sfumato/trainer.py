@@ -25,7 +25,7 @@ from accelerate.utils import ProjectConfiguration
 from tqdm.auto import tqdm
 
 from sfumato import checkpoints, storage
-from sfumato.settings import check_types
+from sfumato.settings import check_seed, check_types
 
 __all__ = [
     "MaskedUpdate",
@@ -146,8 +146,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         """Check values that would only fail after the long work has begun."""
         check_types(self)
-        if self.steps < 1:
-            raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         if not 0 < self.learning_rate <= LARGEST_LEARNING_RATE:
             raise ValueError(
                 f"`learning_rate` must be a positive number of at most {LARGEST_LEARNING_RATE:g}, beyond which a step "
@@ -161,8 +162,11 @@ class TrainingConfig:
             raise ValueError(f"`lr_schedule` must be 'constant' or 'cosine', got {self.lr_schedule!r}.")
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise ValueError(f"`mixed_precision` must be 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}.")
-        if self.gradient_accumulation_steps < 1 or self.keep_checkpoints < 1:
-            raise ValueError("`gradient_accumulation_steps` and `keep_checkpoints` must be at least 1.")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError(f"`max_grad_norm` must be above 0, or None for no clipping, got {self.max_grad_norm}.")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must lie in [0, 1), or be None for no average, got {self.ema_decay}.")
+        check_seed(self.seed)
 
     def learning_rate_at(self, step: int) -> float:
         """Give the learning rate of a step: a pure function, so resuming needs no scheduler state."""
@@ -171,6 +175,10 @@ class TrainingConfig:
         return self.learning_rate * warm * decay
 
 
+_LEAST = {
+    "steps": 1, "weight_decay": 0, "warmup_steps": 0, "gradient_accumulation_steps": 1, "checkpoint_every": 0,
+    "keep_checkpoints": 1,
+}  # fmt: skip
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,

@@ -241,6 +241,14 @@ def test_image_folders_replace_the_model_s_own_pictures(tiny_pipe, tmp_path):
     assert not torch.equal(result.unet.conv_in.weight, tiny_pipe.unet.conv_in.weight)
 
 
+def test_a_bad_picture_to_retain_is_named_before_any_is_drawn(tiny_pipe, tmp_path, capfd):
+    (tmp_path / "retain").mkdir()
+    (tmp_path / "retain" / "a.png").write_text("no picture")
+    with pytest.raises(ValueError, match="a.png is not a readable picture"):
+        sfumato.unlearn(tiny_pipe, "a sneaker", retain_images=str(tmp_path / "retain"), **SMALL)
+    assert "draw" not in capfd.readouterr().err
+
+
 def test_posterior_is_sampled_anew_at_each_visit():
     examples = Examples(torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2), ("a", "b"))
     noise = torch.randn(2, 1, 2, 2)

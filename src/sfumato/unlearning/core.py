@@ -147,6 +147,7 @@ def unlearn(
     pipe.to(accelerator.device)
     model.to(accelerator.device)
     require_known(family, concept)
+    task.read_folders()
     with _counting(family.denoiser, model if config.part == "denoiser" else None) as evaluations:
         history, facts = implementation.run(task, config)
     facts = {**facts, "denoiser_evaluations": int(accelerator.reduce(evaluations.to(accelerator.device)).item())}

@@ -182,6 +182,12 @@ class Task:
         self.accelerator.wait_for_everyone()
         return drawn
 
+    def read_folders(self) -> None:
+        """Read the user's pictures, if there are any: what is wrong with them is then known before the long work."""
+        for kind in ("forget", "retain"):
+            if getattr(self.sources, f"{kind}_images") is not None:
+                self.examples(kind)
+
     def train(self, objective: Objective, description: str, masks: Masks | None = None) -> History:
         """Train the model.
 
