@@ -123,9 +123,9 @@ def latent_bench(config: SamplersConfig, judge: Judge) -> tuple[Bench, Any]:
         ]  # fmt: skip
         return torch.cat(parts).float()
 
-    images, _ = atelier.find_fashion_mnist(config.data_dir, "test")
-    look = torch.arange(5000) % (len(styles) * len(colours))
-    real = atelier.render(torch.from_numpy(images[:5000]), look % len(styles), look // len(styles))
+    images = torch.from_numpy(atelier.find_fashion_mnist(config.data_dir, "test")[0][:5000])
+    look = torch.arange(len(images)) % (len(styles) * len(colours))
+    real = atelier.render(images, look % len(styles), look // len(styles))
     return Bench(judge, draw, index % 10, real), pipe.scheduler.config
 
 

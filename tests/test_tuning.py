@@ -24,18 +24,20 @@ def draw(pipe, scheduler, seed=0, count=24):
 
 def test_the_candidate_that_drew_the_pictures_is_found(pipe):
     stock = pipe.scheduler
-    for window, cutoff in (120, 300), (80, 500), (0, 300):
+    for window, cutoff in (240, 100), (0, 100):
         made = sfumato.TimeShiftScheduler.from_config(stock.config, window=window, cutoff=cutoff)
+        pictures = draw(pipe, made, count=100)
         choice = tune_time_shift(
-            pipe, draw(pipe, made), num_inference_steps=5, windows=[80, 120], cutoffs=[300, 500],
-            class_labels=torch.arange(24) % 10,
+            pipe, pictures, num_inference_steps=5, windows=[160, 240], cutoffs=[100],
+            features=principal_components(pictures, 5), class_labels=torch.arange(100) % 10,
         )  # fmt: skip
+        assert (choice.confidence >= 0.95) == (window > 0)
         expected = (window, cutoff if window else None)
         assert min(choice.distances, key=choice.distances.get) == expected
         assert choice.distances[expected] == pytest.approx(0, abs=1e-6)
         assert choice.scheduler.config.window == window and pipe.scheduler is stock
         assert window == 0 or choice.scheduler.config.cutoff == cutoff
-    assert set(choice.distances) == {(0, None), (80, 300), (80, 500), (120, 300), (120, 500)}
+    assert set(choice.distances) == {(0, None), (160, 100), (240, 100)}
     assert choice.scheduler.config.beta_schedule == stock.config.beta_schedule
 
 
@@ -53,6 +55,15 @@ def test_other_settings_and_features_are_used(pipe):
     )  # fmt: skip
     assert seen == [(24, 1, 16, 16), (3, 1, 16, 16), (3, 1, 16, 16)]
     assert choice.scheduler.config.mode == "pnm" and choice.scheduler.config.solver == "s_pndm"
+
+
+def test_a_shift_that_is_better_by_chance_alone_is_not_kept(pipe):
+    """Real pictures that are as far from every candidate: one of them is nearest, but not reliably."""
+    noise = torch.rand(64, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    choice = tune_time_shift(
+        pipe, noise, num_inference_steps=5, windows=[2, 4], cutoffs=[900], class_labels=torch.arange(24) % 10
+    )
+    assert choice.confidence < 0.95 and choice.scheduler.config.window == 0
 
 
 def test_principal_components_are_uncorrelated_and_hold_most_of_the_variance():
