@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 
 __all__ = [
     "Conditioning",
@@ -188,6 +188,53 @@ class StableDiffusion:
         )
         return {"encoder_hidden_states": embeddings}
 
+    def tokenize(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cut prompts into tokens as the stock pipeline does.
+
+        Args:
+            prompts: ``B`` prompts.
+
+        Returns:
+            Token numbers ``(B, T)``, with the start, the end and padding, and how many each prompt has itself
+            ``(B,)``, at most ``T - 2``; on the pipeline's device.
+        """
+        tokenizer = self.pipe.tokenizer
+        texts = [self.pipe.maybe_convert_prompt(prompt, tokenizer) for prompt in prompts]
+        length = tokenizer.model_max_length
+        tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        counts = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+        return tokens.input_ids.to(self.device), torch.tensor([len(ids) - 2 for ids in counts], device=self.device)
+
+    @property
+    def token_table(self) -> torch.Tensor:
+        """The embeddings of all tokens, ``(vocabulary, width)``, float32, without a gradient."""
+        layer: torch.nn.Embedding = self.pipe.text_encoder.get_input_embeddings()
+        return layer.weight.detach().float()
+
+    def encode_embeddings(
+        self, encoder: torch.nn.Module, tokens: torch.Tensor, embeddings: torch.Tensor
+    ) -> Conditioning:
+        """Encode prompts of which the token embeddings are given, so that a gradient can reach these.
+
+        transformers' CLIP takes no embeddings itself, so they take the place of what its (public) input embedding
+        gives; the encoder adds the positions.
+
+        Args:
+            encoder: `parts`' text encoder, a copy of it, or one wrapped by accelerate.
+            tokens: Their numbers ``(B, T)``, see `tokenize`; they tell no more than the shape.
+            embeddings: ``(B, T, width)``.
+
+        Returns:
+            As `encode_prompts`.
+        """
+        bare: Any = getattr(encoder, "module", encoder)
+        layer = bare.get_input_embeddings()
+        hook = layer.register_forward_hook(lambda *_: embeddings.to(layer.weight.dtype))
+        try:
+            return {"encoder_hidden_states": encoder(tokens)[0]}
+        finally:
+            hook.remove()
+
     def predict(
         self, denoiser: torch.nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
@@ -217,6 +264,41 @@ class StableDiffusion:
             return latents
         signal, sigma = self._scales(timesteps, latents)
         return signal * noise - sigma * latents
+
+    def split(
+        self, prediction: torch.Tensor, latents: torch.Tensor, timesteps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take noisy latents apart into what a raw prediction says they are made of.
+
+        Args:
+            prediction: What `predict` gave, ``(B, C, H, W)``.
+            latents: The noisy latents it was given, ``(B, C, H, W)``.
+            timesteps: Their times ``(B,)``.
+
+        Returns:
+            The clean latents x_0 and the noise, ``(B, C, H, W)`` each; `add_noise` puts them together again.
+        """
+        signal, sigma = self._scales(timesteps, latents)
+        if self.prediction_type == "epsilon":
+            return (latents - sigma * prediction) / signal, prediction
+        if self.prediction_type == "sample":
+            return prediction, (latents - signal * prediction) / sigma
+        return signal * latents - sigma * prediction, signal * prediction + sigma * latents
+
+    def predict_noise(
+        self, denoiser: torch.nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        """Run a denoiser as `predict` does; give the noise ``(B, C, H, W)``, float32, whatever it predicts and in."""
+        dtype = next(denoiser.parameters()).dtype
+        conditioning = {name: values.to(dtype) for name, values in conditioning.items()}
+        raw = self.predict(denoiser, latents.to(dtype), timesteps, conditioning)
+        return self.split(raw.float(), latents.float(), timesteps)[1]
+
+    def inference_timesteps(self, num_inference_steps: int) -> torch.Tensor:
+        """Give the descending times ``(N,)`` that a sampler of the pipeline's config visits, on the CPU."""
+        scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config)
+        scheduler.set_timesteps(num_inference_steps)
+        return scheduler.timesteps.long().cpu()
 
     def _scales(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         alphas = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)

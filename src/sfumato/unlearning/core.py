@@ -75,6 +75,14 @@ class Method(NamedTuple):
 
 METHODS = {
     "salun": Method("sfumato.unlearning.salun", "SalUnConfig"),
+    "esd": Method("sfumato.unlearning.esd", "ESDConfig", examples=False),
+    "advunlearn": Method("sfumato.unlearning.advunlearn", "AdvUnlearnConfig", examples=False),
+    "rece": Method("sfumato.unlearning.rece", "RECEConfig", trains=False, examples=False),
+    "uce": Method("sfumato.unlearning.uce", "UCEConfig", trains=False, examples=False),
+    "concept_ablation": Method("sfumato.unlearning.concept_ablation", "ConceptAblationConfig"),
+    "doco": Method("sfumato.unlearning.doco", "DoCoConfig"),
+    "gradient_ascent": Method("sfumato.unlearning.gradient_ascent", "GradientAscentConfig"),
+    "proximal": Method("sfumato.unlearning.proximal", "ProximalConfig"),
 }
 
 

@@ -23,7 +23,7 @@ import torch
 
 from sfumato import storage
 
-__all__ = ["load_mask", "mask_density", "save_mask", "top_mask"]
+__all__ = ["kth_largest", "load_mask", "mask_density", "save_mask", "top_mask"]
 
 _BINS = 1 << 16
 
@@ -64,6 +64,16 @@ def top_mask(saliency: Mapping[str, torch.Tensor], ratio: float) -> tuple[dict[s
     return masks, float(torch.tensor(threshold, dtype=torch.int32).view(torch.float32))
 
 
+def kth_largest(values: Mapping[str, torch.Tensor], k: int) -> float:
+    """Find the k-th largest of all values, counted from 1, without sorting or joining the tensors.
+
+    Args:
+        values: Name to a non-negative float32 tensor. Each is asked for twice, and may be made when it is.
+        k: From 1 to the number of values.
+    """
+    return float(torch.tensor(_kth_largest(values, k)[0], dtype=torch.int32).view(torch.float32))
+
+
 def _bits(values: torch.Tensor) -> torch.Tensor:
     """Read non-negative float32 as int32, which keeps the order; adding 0 turns -0.0 into 0.0 first."""
     return (values.float() + 0.0).contiguous().view(torch.int32)
@@ -79,8 +89,11 @@ def _kth_largest(saliency: Mapping[str, torch.Tensor], k: int) -> tuple[int, int
 
 
 def _histogram(saliency: Mapping[str, torch.Tensor], select: Any) -> torch.Tensor:
-    counts = [torch.bincount(select(_bits(values).reshape(-1)), minlength=_BINS).cpu() for values in saliency.values()]
-    return torch.stack(counts).sum(0)
+    total = torch.zeros(_BINS, dtype=torch.int64)
+    for values in saliency.values():
+        total = total.to(values.device)
+        total += torch.bincount(select(_bits(values).reshape(-1)), minlength=_BINS)
+    return total.cpu()
 
 
 def _bin_from_top(counts: torch.Tensor, k: int) -> tuple[int, int]:

@@ -1,0 +1,66 @@
+"""A step's pictures as the denoiser sees them: noisy, at random times, drawn by key.
+
+Which picture, noise and time a position of a batch gets depends on the seed, the stream and the position alone, so the
+shards of a batch, on however many processes, are slices of one and the same batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sfumato.families import StableDiffusion
+from sfumato.randomness import permuted_indices, randint_for, randn_for
+from sfumato.trainer import Shard
+from sfumato.unlearning.examples import Examples
+
+__all__ = ["NoisyBatch", "noisy_batch"]
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """A shard of a step's batch.
+
+    Attributes:
+        noisy: Noisy latents ``(B, C, H, W)``.
+        timesteps: Their times ``(B,)``.
+        target: What the network should predict ``(B, C, H, W)``; see `StableDiffusion.target`.
+        rows: Which examples they are, ``(B,)``.
+        captions: What they show.
+    """
+
+    noisy: torch.Tensor
+    timesteps: torch.Tensor
+    target: torch.Tensor
+    rows: np.ndarray
+    captions: list[str]
+
+
+def noisy_batch(
+    family: StableDiffusion, examples: Examples, batch_size: int, step: int, shard: Shard, *, seed: int, stream: int,
+    max_timestep: int | None = None,
+) -> NoisyBatch:  # fmt: skip
+    """Draw a shard of a step's batch; every pass over the examples shuffles them anew.
+
+    Args:
+        family: Noise schedule and prediction type.
+        examples: The set to draw from.
+        batch_size: Pictures of the whole batch.
+        step: The step.
+        shard: The slice of the batch to draw.
+        seed: The run's.
+        stream: What keeps these draws apart from others of the run.
+        max_timestep: Draw times below this; None draws them all.
+    """
+    span = shard.of(batch_size)
+    start, shape = step * batch_size + span.start, examples.mean.shape[1:]
+    rows = permuted_indices(seed + stream, len(examples), start, len(span))
+    keys = [(seed, stream, start + k) for k in range(len(span))]
+    latents = examples.latents(rows, randn_for([(*key, 0) for key in keys], shape)).to(family.device)
+    noise = randn_for([(*key, 1) for key in keys], shape).to(family.device)
+    times = max_timestep or family.num_train_timesteps
+    timesteps = randint_for([(*key, 2) for key in keys], times).to(family.device)
+    noisy, target = family.add_noise(latents, noise, timesteps), family.target(latents, noise, timesteps)
+    return NoisyBatch(noisy, timesteps, target, rows, [examples.prompts[row] for row in rows])

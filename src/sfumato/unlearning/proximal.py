@@ -1,0 +1,161 @@
+r"""Proximal unlearning: SalUn's relabelling, with a sparse change of weights instead of a mask chosen beforehand.
+
+The loss is SalUn's, on the forget pictures under their captions c and substitutes c', and on the retain pictures:
+
+.. math::
+    L = E_{x \in D_f}\, \|\epsilon_\theta(x_t, c) - \mathrm{sg}[\epsilon_\theta(x_t, c')]\|^2
+        + \alpha\, E_{x \in D_r}\, \|\epsilon - \epsilon_\theta(x_t, c_x)\|^2 .
+
+After every step the change since the original weights is soft-thresholded,
+
+.. math::
+    \theta \leftarrow \theta_0 + \mathrm{sign}(\Delta)\, \max(|\Delta| - \tau, 0), \qquad \Delta = \theta - \theta_0 ,
+
+with tau the (k+1)-th largest :math:`|\Delta|` over all trained weights, so that k of the N may differ. As released,
+:math:`k = N \rho\, (1 - s/S)` shrinks with the step s of S (``schedule="linear"``); ``"fixed"`` keeps
+:math:`k = N \rho` . The share rho is ``changed_ratio``.
+
+The soft-threshold variant of Fan, Liu, Zhang, Wong, Wei, Liu, "SalUn", ICLR 2024, arXiv 2310.12508. Where this differs
+from the released code: tau is the next magnitude after the k that may differ, not the k-th, so exactly k do unless
+magnitudes tie; N counts the trained weights, not also those of the autoencoder and the text encoder; weights that do
+not differ keep their bits, as they are not made by adding zero; tau is found by two histograms, without a sort, and
+needs no copy of the changes. The last step of the linear schedule leaves N rho / S weights changed, as it does there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sfumato.trainer import Shard
+from sfumato.unlearning.saliency import kth_largest
+from sfumato.unlearning.salun import SalUnConfig, SalUnObjective
+from sfumato.unlearning.task import History, Task, TrainedConfig
+
+__all__ = ["ProximalConfig", "ProximalObjective", "check", "run", "soft_threshold"]
+
+
+@dataclass
+class ProximalConfig(TrainedConfig):
+    """Settings of proximal unlearning.
+
+    Attributes:
+        retain_weight: alpha, the weight of the retain term.
+        changed_ratio: rho, the share of the trained weights that may differ from the original ones.
+        schedule: ``"linear"``: the share falls to nothing with the steps; ``"fixed"``: it stays.
+    """
+
+    retain_weight: float = 0.5
+    changed_ratio: float = 0.5
+    schedule: str = field(default="linear", metadata={"choices": ["linear", "fixed"]})
+
+    def __post_init__(self) -> None:
+        """Check the types and ranges."""
+        super().__post_init__()
+        if self.retain_weight < 0:
+            raise ValueError(f"`retain_weight` must not be negative, got {self.retain_weight}.")
+        if not 0 < self.changed_ratio <= 1:
+            raise ValueError(f"`changed_ratio` must lie in (0, 1], got {self.changed_ratio}.")
+        if self.schedule not in ("linear", "fixed"):
+            raise ValueError(f"`schedule` must be 'linear' or 'fixed', got {self.schedule!r}.")
+
+    def share_at(self, step: int, steps: int) -> float:
+        """Give the share of weights that may differ after a step, from 0, of so many."""
+        return self.changed_ratio * (1 - step / steps if self.schedule == "linear" else 1)
+
+
+class _Distances(Mapping[str, torch.Tensor]):
+    """How far each weight is from where it was; made tensor by tensor as it is asked for, so never held whole."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], original: Mapping[str, torch.Tensor]) -> None:
+        self._weights, self._original = weights, original
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return (self._weights[name].detach() - self._original[name]).abs()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._original)
+
+    def __len__(self) -> int:
+        return len(self._original)
+
+
+@torch.no_grad()
+def soft_threshold(weights: Mapping[str, torch.Tensor], original: Mapping[str, torch.Tensor], share: float) -> float:
+    """Pull weights towards their original values, in place, until only a share of them differs.
+
+    Args:
+        weights: Parameter name to float32 tensor.
+        original: Likewise.
+        share: The share of all weights that may differ, in [0, 1].
+
+    Returns:
+        The threshold tau; 0 if no weight need be pulled back.
+    """
+    total = sum(values.numel() for values in original.values())
+    allowed = int(total * share)
+    if allowed >= total:
+        return 0.0
+    threshold = kth_largest(_Distances(weights, original), allowed + 1)
+    for name, start in original.items():
+        change = weights[name] - start
+        shrunk = start + change.sign() * (change.abs() - threshold)
+        weights[name].copy_(torch.where(change.abs() > threshold, shrunk, start))
+    return threshold
+
+
+class ProximalObjective:
+    """SalUn's terms, and the soft threshold after every step; see the module's docstring.
+
+    Args:
+        relabelling: SalUn's objective.
+        weights: The trained weights, now at their original values, which are remembered.
+        config: Hyper-parameters.
+        steps: How many there will be.
+    """
+
+    def __init__(
+        self, relabelling: SalUnObjective, weights: Mapping[str, torch.Tensor], config: ProximalConfig, steps: int
+    ) -> None:
+        self.relabelling, self.config, self.steps = relabelling, config, steps
+        self.batch_size = relabelling.batch_size
+        self.weights = weights
+        self.original = {name: values.detach().clone() for name, values in weights.items()}
+
+    def losses(self, model: torch.nn.Module, step: int, shard: Shard) -> Mapping[str, torch.Tensor]:
+        """Give SalUn's terms ``forget`` and ``retain``."""
+        return self.relabelling.losses(model, step, shard)
+
+    def after_step(self, model: torch.nn.Module, step: int, shards: Sequence[Shard]) -> None:
+        """Threshold the change; every process has the same weights, so it does the same."""
+        soft_threshold(self.weights, self.original, self.config.share_at(step, self.steps))
+
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """Give nothing: the weights are the trainer's, and the original ones are there at every start."""
+        return {}
+
+    def changed(self) -> float:
+        """Give the share of weights that differ from the original ones."""
+        moved = sum(int((values != self.weights[name]).sum()) for name, values in self.original.items())
+        return moved / sum(values.numel() for values in self.original.values())
+
+
+def check(task: Task, config: ProximalConfig) -> None:
+    """Refuse, before the long work, an average of the weights: it would differ everywhere."""
+    if task.training.ema_decay is not None:
+        raise ValueError("`ema_decay` must be None: an average of sparse changes is not sparse.")
+
+
+def run(task: Task, config: ProximalConfig) -> tuple[History, dict[str, Any]]:
+    """Relabel under the threshold; see `sfumato.unlearning.task`."""
+    forget, retain = task.examples("forget"), task.examples("retain")
+    anchors = task.anchors(forget.prompts)
+    prompts = task.prompts(forget.prompts, retain.prompts, list(anchors.values()))
+    salun = SalUnConfig(batch_size=config.batch_size, retain_weight=config.retain_weight)
+    relabelling = SalUnObjective(task.family, task.model, forget, retain, anchors, prompts, salun, task.seed)
+    objective = ProximalObjective(relabelling, task.trained(), config, task.training.steps)
+    history = task.train(objective, "proximal")
+    return history, {"changed_share": objective.changed()}

@@ -1,0 +1,396 @@
+r"""Trajectories of the original model, walked once and used at every level: states with what the model says of them.
+
+A guided DDIM run asks the denoiser twice at every level; a bank of runs keeps the answers that it needs anyway,
+
+.. math::
+    (z_t,\; t,\; \epsilon^*(z_t, t, \varnothing),\; \epsilon^*(z_t, t, c)), \qquad
+    \hat\epsilon = \epsilon^*(z_t, t, \varnothing) + g\,[\epsilon^*(z_t, t, c) - \epsilon^*(z_t, t, \varnothing)],
+    \qquad z_{t'} = \sqrt{\bar\alpha_{t'}}\,\hat x_0 + \sqrt{1 - \bar\alpha_{t'}}\,\hat\epsilon ,
+
+where the released code of ESD and of what is built on it starts a new run for every sample, keeps the state of one
+level and asks the original model again. The bank is exact for objectives whose states come from the original model.
+Where they come from the model being trained, `TrainedTrajectories` walks them again every so many steps, and asks the
+original model about them.
+
+The released code pairs a state with a time that is up to two levels noisier (its sampler leaves out the first level
+and stops one early); here a state has the time it was walked to, and `legacy_level_mismatch` brings the mismatch back.
+
+N trajectories of L levels take 12 bytes times N x L x the size of a latent: 9.8 MB each for Stable Diffusion 1.4 with
+50 levels, on the CPU, and as much on the disk while the run lasts; a quarter more with `erase_from`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from sfumato import storage
+from sfumato.families import Conditioning, StableDiffusion
+from sfumato.randomness import generator_for, permuted_indices, randn_for
+from sfumato.unlearning.examples import PromptTable
+from sfumato.unlearning.task import Task, TrainedConfig
+
+__all__ = [
+    "Bank",
+    "States",
+    "TrainedTrajectories",
+    "Trajectories",
+    "TrajectoryConfig",
+    "Walker",
+    "bank_facts",
+    "find_trajectories",
+    "shuffled_states",
+]
+
+Key = tuple[int, ...]
+
+
+@dataclass
+class TrajectoryConfig(TrainedConfig):
+    """What every method that trains on the model's own trajectories can be told; their configs inherit it.
+
+    Attributes:
+        trajectories_per_prompt: Trajectories for each prompt of the concept.
+        trajectory_steps: Levels of a trajectory.
+        trajectory_guidance: Guidance scale g of the trajectories.
+        trajectory_batch_size: Trajectories walked at a time.
+        refresh_every: Where the model being trained walks the trajectories: steps between two walks. 1 is exact, more
+            is cheaper and uses states that are up to so many steps old.
+        legacy_level_mismatch: Pair states with the times that the released code pairs them with.
+    """
+
+    trajectories_per_prompt: int = 4
+    trajectory_steps: int = 50
+    trajectory_guidance: float = 3.0
+    trajectory_batch_size: int = 8
+    refresh_every: int = 1
+    legacy_level_mismatch: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the types and ranges."""
+        super().__post_init__()
+        for name in ("trajectories_per_prompt", "trajectory_batch_size", "refresh_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not 2 <= self.trajectory_steps <= 1000:
+            raise ValueError(f"`trajectory_steps` must lie in [2, 1000], got {self.trajectory_steps}.")
+
+
+class States(NamedTuple):
+    """Some states of some trajectories, on the model's device.
+
+    Attributes:
+        latents: ``(B, C, H, W)``, float32.
+        timesteps: Their times ``(B,)``.
+        prompts: What each trajectory shows.
+        noise: What the original model says of them, ``(B, C, H, W)`` each, float32: the noise under ``"empty"``, the
+            empty prompt, under ``"prompt"``, their own, and under ``"source"``, the walker's `source`.
+    """
+
+    latents: torch.Tensor
+    timesteps: torch.Tensor
+    prompts: list[str]
+    noise: Mapping[str, torch.Tensor]
+
+
+class Bank(Protocol):
+    """Trajectories, whoever walks them."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What each trajectory shows."""
+        ...
+
+    @property
+    def levels(self) -> int:
+        """States of a trajectory."""
+        ...
+
+    def at(self, rows: np.ndarray, levels: np.ndarray, wanted: Sequence[str]) -> States:
+        """Give the states of trajectories `rows` at `levels`, both ``(B,)``, with the `wanted` predictions."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """A bank of trajectories of the original model.
+
+    Attributes:
+        prompts: What each shows, ``N`` of them.
+        timesteps: ``(N, L)``, the noisiest first.
+        latents: ``(N, L, C, H, W)``, float32, on the CPU.
+        noise: See `States`; ``(N, L, C, H, W)`` each, float32, on the CPU.
+        device: Where states are wanted.
+    """
+
+    prompts: tuple[str, ...]
+    timesteps: torch.Tensor
+    latents: torch.Tensor
+    noise: Mapping[str, torch.Tensor]
+    device: torch.device
+
+    @property
+    def levels(self) -> int:
+        """States of a trajectory."""
+        return self.timesteps.shape[1]
+
+    @property
+    def megabytes(self) -> float:
+        """What the bank takes."""
+        return sum(t.numel() * t.element_size() for t in (self.latents, self.timesteps, *self.noise.values())) / 1e6
+
+    def at(self, rows: np.ndarray, levels: np.ndarray, wanted: Sequence[str]) -> States:
+        """Give states with predictions; see `Bank`."""
+        place = torch.from_numpy(np.asarray(rows)), torch.from_numpy(np.asarray(levels))
+        noise = {name: self.noise[name][place].to(self.device) for name in wanted}
+        prompts = [self.prompts[row] for row in rows]
+        return States(self.latents[place].to(self.device), self.timesteps[place].to(self.device), prompts, noise)
+
+
+def shuffled_states(bank: Bank, seed: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read an endless sequence of shuffled passes over all states: rows and levels, ``(count,)`` each."""
+    index = permuted_indices(seed, len(bank.prompts) * bank.levels, start, count)
+    return index // bank.levels, index % bank.levels
+
+
+@dataclass(frozen=True)
+class Walker:
+    """Walks trajectories, by itself or with the other processes.
+
+    Attributes:
+        family: The original model.
+        table: Embeddings of all prompts.
+        config: How to walk.
+        accelerator: The process group.
+        source: A third prompt to ask the original model about at every state; None asks about none.
+    """
+
+    family: StableDiffusion
+    table: PromptTable
+    config: TrajectoryConfig
+    accelerator: Accelerator
+    source: str | None = None
+
+    @property
+    def grid(self) -> torch.Tensor:
+        """The times of the levels ``(L,)``, the noisiest first."""
+        return self.family.inference_timesteps(self.config.trajectory_steps)
+
+    @property
+    def evaluations(self) -> int:
+        """Denoiser evaluations (samples that pass through it) of one trajectory with its predictions."""
+        levels, asked = self.config.trajectory_steps, 2 + (self.source is not None)
+        return 2 * (levels - 1) + asked * levels if self.config.legacy_level_mismatch else asked * levels
+
+    def walk(
+        self, denoiser: torch.nn.Module, prompts: Sequence[str], keys: Sequence[Key], *, teach: bool,
+        description: str | None = None,
+    ) -> Trajectories:  # fmt: skip
+        """Walk one trajectory for each prompt; the processes share the work.
+
+        Args:
+            denoiser: Which model walks.
+            prompts: ``N`` prompts.
+            keys: Seed the noise that each starts from.
+            teach: Keep what the original model says of the states; `denoiser` must then be the original.
+            description: The progress bar's label; None shows no bar.
+
+        Returns:
+            The trajectories, the same on every process; without `teach`, without predictions.
+        """
+        accelerator, count = self.accelerator, len(prompts)
+        shape = (count, self.config.trajectory_steps, *self.family.latent_shape)
+        names = ("empty", "prompt", *(("source",) if self.source is not None else ())) if teach else ()
+        values = {name: torch.zeros(shape) for name in ("latents", *names)}
+        times = torch.stack([self._times(key) for key in keys])  # (N, L)
+        mine = range(accelerator.process_index, count, accelerator.num_processes)
+        batches = [list(mine[i : i + self.config.trajectory_batch_size]) for i in
+                   range(0, len(mine), self.config.trajectory_batch_size)]  # fmt: skip
+        hidden = description is None or not accelerator.is_main_process
+        for rows in tqdm(batches, desc=description, disable=hidden):
+            found = self._batch(denoiser, [prompts[k] for k in rows], [keys[k] for k in rows], times[rows], teach)
+            for name, value in found.items():
+                values[name][rows] = value.cpu()
+        if accelerator.num_processes > 1:  # each process has filled in its own rows
+            for value in values.values():
+                for level in range(shape[1]):
+                    part = value[:, level].to(self.family.device).contiguous()
+                    value[:, level] = accelerator.reduce(part, "sum").cpu()
+        latents = values.pop("latents")
+        if not torch.isfinite(latents).all():
+            raise ValueError("The model walks to NaN or infinite latents; load it with dtype=torch.float32.")
+        return Trajectories(tuple(prompts), times, latents, values, self.family.device)
+
+    @torch.no_grad()
+    def teach(self, latents: torch.Tensor, times: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Ask the original model for the noise in states ``(B, C, H, W)`` at times ``(B,)`` under `prompts`."""
+        with self.accelerator.autocast():
+            return self.family.predict_noise(self.family.denoiser, latents, times, self.table(prompts))
+
+    def _times(self, key: Key) -> torch.Tensor:
+        """The times that a trajectory's states are paired with, (L,)."""
+        if not self.config.legacy_level_mismatch:
+            return self.grid
+        levels, total = self.config.trajectory_steps, self.family.num_train_timesteps
+        within = torch.rand(levels, generator=generator_for(*key, 1), dtype=torch.float64)
+        return ((torch.arange(levels - 1, -1, -1) + within) * total / levels).long().clamp(max=total - 1)
+
+    @torch.no_grad()
+    def _batch(
+        self, denoiser: torch.nn.Module, prompts: Sequence[str], keys: Sequence[Key], times: torch.Tensor, teach: bool
+    ) -> dict[str, torch.Tensor]:
+        """Walk one batch: latents, and predictions if wanted, ``(B, L, C, H, W)`` each."""
+        asked = {"empty": [""] * len(prompts), "prompt": list(prompts)}
+        if teach and self.source is not None:
+            asked["source"] = [self.source] * len(prompts)
+        noise = randn_for([(*key, 0) for key in keys], self.family.latent_shape).to(self.family.device)
+        grid, levels = self.grid, self.config.trajectory_steps
+        if not self.config.legacy_level_mismatch:
+            # without predictions nobody asks about the last state
+            visited, said = self._descend(denoiser, noise, grid, list(asked.values()), to_the_end=teach)
+            return {"latents": visited[:, :levels], **(dict(zip(asked, said, strict=True)) if teach else {})}
+        guided = [asked["empty"], asked["prompt"]]
+        visited, _ = self._descend(denoiser, noise, grid[1:], guided, to_the_end=True)
+        visited = visited[:, [min(level + 1, levels - 1) for level in range(levels)]]  # two levels on from `grid`
+        if not teach:
+            return {"latents": visited}
+        times = times.to(visited.device)
+        answers = {
+            name: torch.stack([self.teach(visited[:, k], times[:, k], texts) for k in range(levels)], 1)
+            for name, texts in asked.items()
+        }
+        return {"latents": visited, **answers}
+
+    def _descend(
+        self, denoiser: torch.nn.Module, latents: torch.Tensor, times: torch.Tensor, asked: Sequence[Sequence[str]],
+        to_the_end: bool,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
+        """DDIM from the first of `times` on: states ``(B, L + 1, C, H, W)`` and what was said under `asked`."""
+        family, many = self.family, len(asked)
+        dtype = next(denoiser.parameters()).dtype
+        found: Conditioning = self.table([text for texts in asked for text in texts])
+        conditioning = {name: value.to(dtype) for name, value in found.items()}
+        each = times.to(latents.device)[:, None].expand(-1, len(latents))  # (L, B)
+        following = torch.cat([each[1:], torch.zeros_like(each[:1])])  # the run ends at time 0
+        visited, said = [latents], []
+        for now, after in list(zip(each, following, strict=True))[: None if to_the_end else -1]:
+            with self.accelerator.autocast():
+                raw = family.predict(denoiser, latents.repeat(many, 1, 1, 1).to(dtype), now.repeat(many), conditioning)
+            parts = raw.float().chunk(many)
+            said.append(torch.stack([family.split(part, latents, now)[1] for part in parts]))
+            clean, noise = family.split(
+                parts[0] + self.config.trajectory_guidance * (parts[1] - parts[0]), latents, now
+            )
+            latents = family.add_noise(clean, noise, after)
+            visited.append(latents)
+        return torch.stack(visited, 1), list(torch.stack(said, 2))
+
+
+class TrainedTrajectories:
+    """Trajectories of a denoiser that is being trained, as it was at the last walk.
+
+    Args:
+        walker: Walks, and asks the original model.
+        denoiser: The bare module being trained.
+        start: Trajectories to begin with: those of the original model, which it is at first.
+    """
+
+    def __init__(self, walker: Walker, denoiser: torch.nn.Module, start: Trajectories) -> None:
+        self._walker, self._denoiser = walker, denoiser
+        self._walked = Trajectories(start.prompts, start.timesteps, start.latents, {}, start.device)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What each trajectory shows."""
+        return self._walked.prompts
+
+    @property
+    def levels(self) -> int:
+        """States of a trajectory."""
+        return self._walked.levels
+
+    def at(self, rows: np.ndarray, levels: np.ndarray, wanted: Sequence[str]) -> States:
+        """Give states with predictions, for which the original model is asked now; see `Bank`."""
+        states = self._walked.at(rows, levels, ())
+        asked = {
+            "empty": [""] * len(rows), "prompt": states.prompts, "source": [self._walker.source or ""] * len(rows),
+        }  # fmt: skip
+        said = {name: self._walker.teach(states.latents, states.timesteps, asked[name]) for name in wanted}
+        return states._replace(noise=said)
+
+    def refresh(self, rows: np.ndarray, key: Key) -> None:
+        """Walk some trajectories again, from new noise.
+
+        Args:
+            rows: Which.
+            key: Seeds the noise, with the row.
+        """
+        chosen = np.unique(rows)
+        keys = [(*key, int(row)) for row in chosen]
+        new = self._walker.walk(self._denoiser, [self.prompts[row] for row in chosen], keys, teach=False)
+        self._walked.latents[chosen] = new.latents
+        self._walked.timesteps[chosen] = new.timesteps
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Give what a checkpoint must keep."""
+        return {"latents": self._walked.latents, "timesteps": self._walked.timesteps}
+
+
+def find_trajectories(task: Task, walker: Walker, prompts: Sequence[str], name: str, stream: int) -> Trajectories:
+    """Read the bank that an earlier start of this run left, or walk it and leave it for the next.
+
+    Args:
+        task: The run.
+        walker: Walks.
+        prompts: One for each trajectory.
+        name: Of the bank's file in the run's folder of examples.
+        stream: Keeps the noise of the run's banks apart.
+    """
+    path = task.output_dir / "examples" / f"{name}.safetensors" if task.output_dir else None
+    settings = asdict(walker.config)
+    key = {
+        "base": {part: storage.fingerprint(module.named_parameters()) for part, module in task.family.parts.items()},
+        "prompts": list(prompts), "source": walker.source, "seed": task.seed, "stream": stream,
+        "prediction_type": task.family.prediction_type, "grid": walker.grid.tolist(),
+        **{f.name: settings[f.name] for f in fields(TrajectoryConfig) if f.name.startswith(("trajectory", "legacy"))},
+    } if path is not None else {}  # fmt: skip
+    stored = _stored(path, key)
+    if stored is not None:
+        times, latents = stored.pop("timesteps"), stored.pop("latents")
+        return Trajectories(tuple(prompts), times, latents, stored, task.family.device)
+    if path is not None:
+        per_state = (3 + (walker.source is not None)) * 4 * int(np.prod(task.family.latent_shape))
+        storage.check_disk_space(path.parent, len(prompts) * walker.config.trajectory_steps * per_state)
+    keys = [(task.seed, stream, row) for row in range(len(prompts))]
+    walked = walker.walk(task.family.denoiser, prompts, keys, teach=True, description=f"walk {name}")
+    if path is not None and task.accelerator.is_main_process:
+        tensors = {"timesteps": walked.timesteps, "latents": walked.latents, **walked.noise}
+        storage.save_tensors(path, tensors, {"key": key})
+    task.accelerator.wait_for_everyone()
+    return walked
+
+
+def bank_facts(walker: Walker, *banks: Trajectories) -> dict[str, Any]:
+    """Say in a manifest how many trajectories were walked, and what they cost."""
+    count = sum(len(bank.prompts) for bank in banks)
+    return {
+        "trajectory_count": count,
+        "trajectory_evaluations": count * walker.evaluations,
+        "trajectories_mb": round(sum(bank.megabytes for bank in banks), 1),
+    }
+
+
+def _stored(path: Path | None, key: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
+    """The bank in a file, if it is there, whole, and the one wanted."""
+    try:
+        found = path is not None and storage.read_metadata(path).get("key") == key
+        return storage.load_tensors(path) if found and path is not None else None
+    except (FileNotFoundError, ValueError):
+        return None
