@@ -101,10 +101,10 @@ def test_inversion_survives_the_disk_bit_for_bit(atelier, real, tmp_path):
 
 def test_edit_changes_what_it_is_told_to_and_says_what_the_autoencoder_costs(atelier):
     image = Image.open(RENDERS / "120-sandal-photo-red.png")
-    result = edit(atelier, image, "a photo of a red sandal", "a photo of a blue sandal", num_inference_steps=30)
+    result = edit(atelier, image, "a photo of a red sandal", "a photo of a green sandal", num_inference_steps=30)
     judge = sfumato.Judge.load(assets_folder() / "judge")
     seen = {domain: judge.domains[domain][index] for domain, (index,) in judge.predict(result.images).items()}
-    assert seen == {"garment": "sandal", "style": "photo", "colour": "blue"}
+    assert seen == {"garment": "sandal", "style": "photo", "colour": "green"}
     assert result.latent_error <= 1e-6
     assert result.reconstruction_psnr == pytest.approx(result.autoencoder_psnr, abs=1e-3)
     assert 20 < result.autoencoder_psnr < 60
@@ -163,7 +163,7 @@ def test_commands_invert_and_edit_and_overwrite_nothing(tmp_path):
     figures = json.loads((output / "figures.json").read_text())
     assert figures["latent_error"] == 0 and figures["condition_number"] == 1
     assert Image.open(output / "comparison.png").width == 3 * 256 + 2 * 8
-    edited = sfumato_command("edit", output, "--target-prompt", "a blue sandal", "--output", tmp_path / "edited")
+    edited = sfumato_command("edit", output, "--target-prompt", "a green sandal", "--output", tmp_path / "edited")
     assert edited.returncode == 0 and (tmp_path / "edited" / "edited.png").exists()
     again = sfumato_command("invert", picture, "--output", output)
     assert again.returncode == 1 and "already holds something" in again.stderr

@@ -136,6 +136,20 @@ def compare_inversions(line, folder):
     assert "fixed-point" in run([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
 
 
+def compare_samplers(line, folder):
+    make_garments(folder)
+    words = line.split()
+    few = ["--pictures", "10", "--steps", "5", "--seeds", "0", "--data_dir", str(folder)]
+    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
+    assert "time shift, F-PNDM" in printed and "atelier    5 O-BELM" in printed
+
+
+def closed_form(line, folder):
+    words = line.split()
+    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], "--keep", "1", "--epochs", "1"], folder)
+    assert "UCE" in printed and "RECE" in printed
+
+
 def edits(line, folder):
     words = line.split()
     few = ["--pictures", "2", "--num_inference_steps", "4"]
@@ -147,9 +161,11 @@ RUNS = {
     "python benchmarks/step_time.py --threads 1": step_time,
     'sfumato invert src/sfumato/assets/renders/120-sandal-photo-red.png --prompt "a photo of a red sandal" --exact '
     "--output inverted": invert,
-    'sfumato edit inverted --target-prompt "a photo of a blue sandal" --output edited': edit,
+    'sfumato edit inverted --target-prompt "a photo of a green sandal" --output edited': edit,
     "python benchmarks/inversion.py": compare_inversions,
     "python benchmarks/edits.py --output edits.png": edits,
+    "python benchmarks/samplers.py": compare_samplers,
+    "python benchmarks/closed_form.py": closed_form,
     "make demo": make_demo,
     "make test": make_test,
     "accelerate launch training/salun.py --model atelier --forget sneaker --output out/": salun_job,

@@ -14,8 +14,16 @@ from sfumato.randomness import randint_for, randn_for
 from sfumato.trainer import NonFiniteLossError, Shard, TrainingConfig, make_accelerator, train
 from sfumato.unlearning import core
 from sfumato.unlearning.examples import Examples, PromptTable
+from sfumato.unlearning.noising import noisy_batch
 from sfumato.unlearning.saliency import load_mask, mask_density, top_mask
-from sfumato.unlearning.salun import MASK_STREAM, SalUnConfig, SalUnObjective, saliency_mask
+from sfumato.unlearning.salun import (
+    FORGET_STREAM,
+    MASK_STREAM,
+    RETAIN_STREAM,
+    SalUnConfig,
+    SalUnObjective,
+    saliency_mask,
+)
 from sfumato.unlearning.task import ExampleConfig, Task
 
 PROMPTS = ["a sneaker", "a red sneaker", "a bag", "a red bag", "a coat", "a shirt", ""]
@@ -49,17 +57,21 @@ def test_relabelling_to_the_same_caption_without_retain_term_is_no_loss(family, 
 def test_losses_are_the_equations(family, forget, retain):
     ours = objective(family, family.denoiser, forget, retain, retain_weight=0.3)
     losses = ours.losses(family.denoiser, 5, Shard(0, 1))
-    pictures, times, target, captions = ours._noised(forget, 5, Shard(0, 1), 102)
-    kept, kept_times, noise, kept_captions = ours._noised(retain, 5, Shard(0, 1), 103)
+    told, kept = (
+        noisy_batch(family, examples, 4, 5, Shard(0, 1), seed=0, stream=stream)
+        for examples, stream in ((forget, FORGET_STREAM), (retain, RETAIN_STREAM))
+    )
 
     def predict(noisy, timesteps, prompts):
         return family.pipe.unet(noisy, timesteps, family.pipe.encode_prompt(prompts, "cpu", 1, False)[0]).sample
 
-    student = predict(pictures, times, captions)
-    teacher = predict(pictures, times, [ANCHORS[caption] for caption in captions]).detach()
+    student = predict(told.noisy, told.timesteps, told.captions)
+    teacher = predict(told.noisy, told.timesteps, [ANCHORS[caption] for caption in told.captions]).detach()
     assert torch.allclose(losses["forget"], F.mse_loss(student, teacher), rtol=1e-4)
     assert torch.allclose(
-        losses["retain"], 0.3 * F.mse_loss(predict(kept, kept_times, kept_captions), noise), rtol=1e-4
+        losses["retain"],
+        0.3 * F.mse_loss(predict(kept.noisy, kept.timesteps, kept.captions), kept.target),
+        rtol=1e-4,
     )
 
 
@@ -184,16 +196,18 @@ def test_finished_result_is_never_overwritten(tiny_pipe, tmp_path):
 
 def test_velocity_prediction_trains_on_the_velocity(tiny_pipe_v, forget, retain):
     family = StableDiffusion(tiny_pipe_v)
-    ours = objective(family, family.denoiser, forget, retain)
-    _, times, target, _ = ours._noised(retain, 0, Shard(0, 1), 103)
-    keys = [(0, 103, k) for k in range(4)]
+    batch = noisy_batch(family, retain, 4, 0, Shard(0, 1), seed=0, stream=RETAIN_STREAM)
+    keys = [(0, RETAIN_STREAM, k) for k in range(4)]
     noise = randn_for([(*key, 1) for key in keys], (4, 4, 4))
-    from sfumato.randomness import permuted_indices
-
-    latents = retain.latents(
-        permuted_indices(103, len(retain), 0, 4), randn_for([(*key, 0) for key in keys], (4, 4, 4))
+    latents = retain.latents(batch.rows, randn_for([(*key, 0) for key in keys], (4, 4, 4)))
+    velocity = tiny_pipe_v.scheduler.get_velocity(latents, noise, batch.timesteps)
+    assert torch.allclose(batch.target, velocity, atol=1e-5)
+    losses = objective(family, family.denoiser, forget, retain, retain_weight=1.0).losses(
+        family.denoiser, 0, Shard(0, 1)
     )
-    assert torch.allclose(target, tiny_pipe_v.scheduler.get_velocity(latents, noise, times), atol=1e-5)
+    embeddings = tiny_pipe_v.encode_prompt(batch.captions, "cpu", 1, False)[0]
+    predicted = tiny_pipe_v.unet(batch.noisy, batch.timesteps, embeddings).sample
+    assert torch.allclose(losses["retain"], F.mse_loss(predicted, velocity), rtol=1e-4)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tiny_pipe):

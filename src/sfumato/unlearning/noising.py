@@ -6,6 +6,7 @@ shards of a batch, on however many processes, are slices of one and the same bat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from sfumato.randomness import permuted_indices, randint_for, randn_for
 from sfumato.trainer import Shard
 from sfumato.unlearning.examples import Examples
 
-__all__ = ["NoisyBatch", "noisy_batch"]
+__all__ = ["NoisyBatch", "noised", "noisy_batch"]
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,18 @@ def noisy_batch(
         max_timestep: Draw times below this; None draws them all.
     """
     span = shard.of(batch_size)
-    start, shape = step * batch_size + span.start, examples.mean.shape[1:]
+    start = step * batch_size + span.start
     rows = permuted_indices(seed + stream, len(examples), start, len(span))
     keys = [(seed, stream, start + k) for k in range(len(span))]
+    return noised(family, examples, rows, keys, max_timestep)
+
+
+def noised(
+    family: StableDiffusion, examples: Examples, rows: np.ndarray, keys: Sequence[tuple[int, ...]],
+    max_timestep: int | None = None,
+) -> NoisyBatch:  # fmt: skip
+    """Noise examples `rows`, ``(B,)``, with posterior sample, noise and time drawn by `keys`, one for each."""
+    shape = examples.mean.shape[1:]
     latents = examples.latents(rows, randn_for([(*key, 0) for key in keys], shape)).to(family.device)
     noise = randn_for([(*key, 1) for key in keys], shape).to(family.device)
     times = max_timestep or family.num_train_timesteps

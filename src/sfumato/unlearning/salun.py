@@ -24,19 +24,20 @@ the mask holds under AdamW; student and teacher see one posterior sample, not tw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from sfumato.families import StableDiffusion
-from sfumato.randomness import permuted_indices, randint_for, randn_for
 from sfumato.trainer import Shard
 from sfumato.unlearning.examples import Examples, PromptTable
+from sfumato.unlearning.noising import NoisyBatch, noised, noisy_batch
 from sfumato.unlearning.saliency import load_mask, mask_density, save_mask, top_mask
 from sfumato.unlearning.task import History, Task, TrainedConfig
 
@@ -94,41 +95,23 @@ class SalUnObjective:
 
     def losses(self, model: torch.nn.Module, step: int, shard: Shard) -> Mapping[str, torch.Tensor]:
         """Give the terms ``forget`` and ``retain``; student and retain pictures share one forward pass."""
-        noisy_f, times_f, _, captions = self._noised(self.forget, step, shard, FORGET_STREAM)
-        noisy_r, times_r, target, kept = self._noised(self.retain, step, shard, RETAIN_STREAM)
+        forget = self._batch(self.forget, step, shard, FORGET_STREAM)
+        retain = self._batch(self.retain, step, shard, RETAIN_STREAM)
         student = self.family.predict(
-            model, torch.cat([noisy_f, noisy_r]), torch.cat([times_f, times_r]), self.prompts([*captions, *kept])
-        )
+            model, torch.cat([forget.noisy, retain.noisy]), torch.cat([forget.timesteps, retain.timesteps]),
+            self.prompts([*forget.captions, *retain.captions]),
+        )  # fmt: skip
         student_f, student_r = student.float().chunk(2)
         with torch.no_grad():
-            anchored = self.prompts([self.anchors[caption] for caption in captions])
-            teacher = self.family.predict(self.teacher, noisy_f, times_f, anchored).float()
+            anchored = self.prompts([self.anchors[caption] for caption in forget.captions])
+            teacher = self.family.predict(self.teacher, forget.noisy, forget.timesteps, anchored).float()
         return {
             "forget": F.mse_loss(student_f, teacher),
-            "retain": self.retain_weight * F.mse_loss(student_r, target),
+            "retain": self.retain_weight * F.mse_loss(student_r, retain.target),
         }
 
-    def _noised(
-        self, examples: Examples, step: int, shard: Shard, stream: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
-        """Noisy latents, times, targets and captions of this shard's examples at this step."""
-        span = shard.of(self.batch_size)
-        start = step * self.batch_size + span.start
-        index = permuted_indices(self.seed + stream, len(examples), start, len(span))
-        keys = [(self.seed, stream, start + k) for k in range(len(span))]
-        noisy, timesteps, target = _noise(self.family, examples, index, keys)
-        return noisy, timesteps, target, [examples.prompts[i] for i in index]
-
-
-def _noise(
-    family: StableDiffusion, examples: Examples, index: Any, keys: Sequence[tuple[int, ...]]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draw posterior sample, time and noise by key; returns noisy latents (B, C, H, W), times (B,) and targets."""
-    shape = examples.mean.shape[1:]
-    latents = examples.latents(index, randn_for([(*key, 0) for key in keys], shape)).to(family.device)
-    noise = randn_for([(*key, 1) for key in keys], shape).to(family.device)
-    timesteps = randint_for([(*key, 2) for key in keys], family.num_train_timesteps).to(family.device)
-    return family.add_noise(latents, noise, timesteps), timesteps, family.target(latents, noise, timesteps)
+    def _batch(self, examples: Examples, step: int, shard: Shard, stream: int) -> NoisyBatch:
+        return noisy_batch(self.family, examples, self.batch_size, step, shard, seed=self.seed, stream=stream)
 
 
 def saliency_mask(
@@ -150,15 +133,15 @@ def saliency_mask(
     mine = range(accelerator.process_index, len(forget), accelerator.num_processes)
     batches = [list(mine[i : i + config.batch_size]) for i in range(0, len(mine), config.batch_size)]
     for index in tqdm(batches, desc="saliency", disable=not accelerator.is_main_process):
-        noisy, timesteps, target = _noise(family, forget, index, [(task.seed, MASK_STREAM, i) for i in index])
-        captions = [forget.prompts[i] for i in index]
+        batch = noised(family, forget, np.array(index), [(task.seed, MASK_STREAM, i) for i in index])
+        captions = [*batch.captions, *[""] * len(index)]
         with accelerator.autocast():
             both = family.predict(
-                denoiser, noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), prompts([*captions, *[""] * len(captions)])
+                denoiser, batch.noisy.repeat(2, 1, 1, 1), batch.timesteps.repeat(2), prompts(captions)
             )
         conditional, unconditional = both.float().chunk(2)
         guided = (1 + guidance) * conditional - guidance * unconditional
-        per_example = (guided - target).pow(2).flatten(1).mean(1)
+        per_example = (guided - batch.target).pow(2).flatten(1).mean(1)
         (-per_example.sum()).backward()  # gradients add up in .grad, signed, in float32
     saliency = {}
     for name, parameter in task.trained().items():
