@@ -2,9 +2,10 @@
 
 Side by side on the embedded model, at one number of steps and one batch: the methods by their recipes, and
 straightforward implementations of the released algorithms, which walk a new trajectory for every sample of every step
-(and of every step of every attack) and ask the original model again. Denoiser evaluations are samples that pass
-through a denoiser, counted as they happen; a guided prediction is two. A straightforward run of fewer steps than the
-recipe's is extrapolated, which the table says, and has no scores.
+(and of every step of every attack) and ask the original model again. They learn at the recipe's rates; the samples of
+a step share their level, which the released code, with one sample a step, has no need to. Denoiser evaluations are
+samples that pass through a denoiser, counted as they happen; a guided prediction is two. A straightforward run of
+fewer steps than the recipe's is extrapolated, which the table says, and has no scores.
 """
 
 import copy
@@ -85,7 +86,7 @@ class Released:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in names)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=training.learning_rate)
+        self.optimizer, self.step = torch.optim.Adam(trained), 0
 
     def draw(self, high: int, count: int) -> list[int]:
         """Draw integers below `high`."""
@@ -120,7 +121,10 @@ class Released:
         return empty - eta * (prompt - empty)
 
     def descend(self, loss: torch.Tensor) -> None:
-        """Take one step of the optimiser."""
+        """Take one step of the optimiser, at the learning rate that the recipe has for it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.training.learning_rate_at(self.step)
+        self.step += 1
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
