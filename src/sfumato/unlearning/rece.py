@@ -219,7 +219,7 @@ def _held_out(
 ) -> list[float]:
     """Denoising loss on the held-out prompts' pictures of the model with each stack of weights."""
     measure = DenoisingResidual(
-        task.family.pipe, config.held_out_prompts or (), pictures=config.held_out_pictures, seed=config.seed
+        task.family.with_parts({}), config.held_out_prompts or (), pictures=config.held_out_pictures, seed=config.seed
     )
     pipe, found = task.family.with_parts({"denoiser": task.model}), []
     for stacked in stacks:
