@@ -89,6 +89,7 @@ class HeunMixin(TwoStepMixin):
         prediction = self._predict_clean(position, seen, output).to(sample.dtype) if return_dict else None
         slope = _weighted(self._levels[level].slope, seen, output)
         if level == now:
+            self._latents[-1] = self._shown  # it may have been adopted
             self._state, self._slope = seen, slope
             self._reached = {side: self._increment(now, side, slope) for side in self._sides(now)}
         else:

@@ -36,23 +36,45 @@ def require_fraction(name: str, value: float) -> None:
 def process_of(config: Mapping[str, Any]) -> str:
     """Tell from another scheduler's config which process its model was trained on: "vp", "flow" or "edm".
 
+    A config that was never saved does not hold its class's name, so this goes by the settings that it has.
+
     Raises:
-        ValueError: If it is the config of a stock scheduler that knows another process or another schedule of betas.
+        ValueError: If it is none of these, or has a setting that changes the process.
     """
-    name = str(config.get("_class_name", ""))
+    keys = {key for key in config if not key.startswith("_")}
+    name = str(config.get("_class_name") or "this config")
+    moved = [key for key in ("invert_sigmas", "stochastic_sampling", "snr_shift_scale") if config.get(key)]
+    if config.get("timestep_type") == "continuous":
+        moved.append("timestep_type")
     stock = getattr(diffusers, name, None)
-    known = stock is None or name.startswith(("FlowMatch", "EDM")) or "beta_start" in signature(stock).parameters
-    if not known or "snr_shift_scale" in config:  # the latter: CogVideoX moves its betas
-        raise ValueError(
-            f"The noise schedule of {name} is not one of betas, flow matching or EDM: keep the scheduler that came"
-            " with the model."
-        )
-    if "beta_start" not in config and ("sigma_data" in config or name.startswith("EDM")):
+    foreign = stock is not None and not name.startswith(("FlowMatch", "EDM")) and not _has_betas(stock)
+    if moved or foreign:
+        setting = f" with {moved[0]}={config[moved[0]]!r}" if moved else ""
+        raise _foreign(name + setting)
+    if "beta_start" in keys:
+        flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+        return "flow" if flow else "vp"
+    if {"sigma_data", "rho", "sigma_schedule"} <= keys or name.startswith("EDM"):
         return "edm"
-    flow = {"shift", "use_dynamic_shifting"} & set(config) or name.startswith("FlowMatch")
-    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+    if "shift" in keys and (name.startswith("FlowMatch") or keys <= _FLOW_SETTINGS):
         return "flow"
-    return "flow" if "beta_start" not in config and flow else "vp"
+    if keys:
+        raise _foreign(name)
+    return "vp"
+
+
+_FLOW_SETTINGS = {*signature(diffusers.FlowMatchEulerDiscreteScheduler).parameters, "scale_factors", "upscale_mode"}
+
+
+def _has_betas(stock: Any) -> bool:
+    return "beta_start" in signature(stock).parameters
+
+
+def _foreign(name: str) -> ValueError:
+    return ValueError(
+        f"The noise schedule of {name} is not one of betas, flow matching or EDM: keep the scheduler that came with"
+        " the model."
+    )
 
 
 def require_betas(cls: type, config: Any) -> None:

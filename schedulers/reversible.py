@@ -6,6 +6,7 @@ both directions. What a scheduler returns is a rounded copy, by which it recogni
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -140,6 +141,14 @@ class ReversibleMixin:
         """
         self._check_config()
         given = [value for value in (num_inference_steps, timesteps, sigmas) if value is not None]
+        if num_inference_steps is not None and not (
+            isinstance(num_inference_steps, Integral) and num_inference_steps > 0
+        ):
+            raise ValueError(
+                f"`num_inference_steps` must be a whole number of at least 1, got {num_inference_steps!r}."
+            )
+        if self.config.skip_steps < 0:
+            raise ValueError(f"`skip_steps` must not be negative, got {self.config.skip_steps}.")
         if not given or (self.config.process == "vp" and len(given) > 1):
             raise ValueError("`set_timesteps` takes either `num_inference_steps` or the levels themselves: pass one.")
         levels = self._make_levels(num_inference_steps, timesteps, sigmas, mu)

@@ -175,7 +175,10 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("line", RUNS)
+SLOW = ["python benchmarks/samplers.py"]  # it tries many settings even on few pictures
+
+
+@pytest.mark.parametrize("line", [pytest.param(line, marks=[pytest.mark.slow] * (line in SLOW)) for line in RUNS])
 def test_command_runs(line, tmp_path):
     RUNS[line](line, tmp_path)
 

@@ -29,8 +29,9 @@ class TimeShiftChoice:
     Attributes:
         scheduler: A `TimeShiftScheduler` with the chosen `window` and `cutoff`; its window is 0 if no shift was better
             than none beyond chance.
-        distances: Fréchet distance of each candidate (window, cutoff); (0, None) is the sampler without a shift.
-        confidence: Share of resamples of the drawn pictures in which the best shift was better than none.
+        distances: Fréchet distance of each candidate (window, cutoff), on the half that chooses; (0, None) is the
+            sampler without a shift.
+        confidence: Share of resamples of the other half in which the best shift was better than none.
     """
 
     scheduler: TimeShiftScheduler
@@ -53,8 +54,9 @@ def tune_time_shift(
 ) -> TimeShiftChoice:
     """Draw with every window and cutoff, and without a shift, and keep what comes nearest to real pictures.
 
-    The best of many candidates looks better than it is, so a shift is kept only if it beats none in 95 % of resamples
-    (bootstrap) of the drawn pictures, both from the same noise.
+    The best of many candidates looks better than it is. So they are compared on one half of the drawn pictures, and
+    the best of them is kept only if it beats no shift in 95 % of resamples (bootstrap) of the other half, both drawn
+    from the same noise.
 
     The paper chooses both for every data set and number of steps, by FID. Here the Fréchet distance is taken between
     `features`, by default the first principal components of the real pixels, so nothing needs to be downloaded. Report
@@ -76,7 +78,8 @@ def tune_time_shift(
         The choice, with its scheduler.
 
     Raises:
-        ValueError: If there is no candidate, or the shapes of real and drawn pictures differ.
+        ValueError: If there is no candidate, fewer than four pictures are drawn, or the shapes of real and drawn ones
+            differ.
     """
     if pictures.ndim != 4 or len(pictures) < 2:
         raise ValueError(f"`pictures` must be at least two, (M, C, H, W), got shape {tuple(pictures.shape)}.")
@@ -96,16 +99,20 @@ def tune_time_shift(
             generator = torch.Generator().manual_seed(seed)
             drawn = pipe(num_inference_steps=num_inference_steps, generator=generator, output_type="pt", **call).images
             drawn = torch.as_tensor(drawn).to(pictures)
+            if len(drawn) < 4:
+                raise ValueError(f"A few hundred pictures must be drawn to choose by, got {len(drawn)}.")
             if drawn.shape[1:] != pictures.shape[1:]:
                 shapes = f"{tuple(pictures.shape[1:])} and {tuple(drawn.shape[1:])}"
                 raise ValueError(f"Real and drawn pictures must have the same channels and size, got {shapes}.")
             seen[candidate] = features(drawn)
-            distances[candidate] = frechet_distance(seen[candidate], real)
+            order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))
+            chooses, confirms = order[::2], order[1::2]
+            distances[candidate] = frechet_distance(seen[candidate][chooses], real)
     finally:
         pipe.scheduler = kept
     none = candidates[0]
     best = min(candidates[1:], key=lambda candidate: distances[candidate])
-    confidence = _confidence(seen[best], seen[none], real, seed)
+    confidence = _confidence(seen[best][confirms], seen[none][confirms], real, seed)
     return TimeShiftChoice(schedulers[best if confidence >= CERTAIN else none], distances, confidence)
 
 

@@ -191,9 +191,12 @@ def test_the_schedule_of_every_compatible_stock_scheduler_is_taken_over_and_come
 )
 @pytest.mark.parametrize("name", CASES)
 def test_a_flow_or_edm_config_is_taken_over_or_refused(name, process, stock, loaded, tmp_path):
-    cls = CASES[name].cls
-    stock.save_pretrained(tmp_path)
-    config = cls.load_config(tmp_path) if loaded else stock.config
+    cls, config = CASES[name].cls, stock.config
+    if loaded:
+        stock.save_pretrained(tmp_path)
+        config = cls.load_config(tmp_path)
+    else:
+        config = {k: v for k, v in stock.config.items() if k not in ("_class_name", "_diffusers_version")}  # as if new
     if process not in CASES[name].processes:
         with pytest.raises(ValueError, match="flow-matching"):
             cls.from_config(config)
@@ -201,7 +204,7 @@ def test_a_flow_or_edm_config_is_taken_over_or_refused(name, process, stock, loa
     ours = cls.from_config(config)
     assert ours.config.process == process
     shared = set(visible(stock)) & set(inspect.signature(cls).parameters)
-    shared -= set() if loaded else set(stock.config["_use_default_values"])  # in diffusers defaults do not travel
+    shared -= set() if loaded else set(config["_use_default_values"])  # in diffusers defaults do not travel
     assert all(ours.config[key] == stock.config[key] for key in shared)
     assert ours.config.shift == stock.config.get("flow_shift", stock.config.get("shift", 1.0))
     mu = {"mu": 1.0} if stock.config.get("use_dynamic_shifting") else {}
@@ -217,10 +220,27 @@ def test_a_flow_or_edm_config_is_taken_over_or_refused(name, process, stock, loa
 @pytest.mark.parametrize("name", CASES)
 def test_the_config_of_another_process_is_refused(name, stock, tmp_path):
     scheduler = getattr(diffusers, f"{stock}Scheduler")()
+    with pytest.raises(ValueError, match="noise schedule of this config.* is not one of"):
+        CASES[name].cls.from_config(scheduler.config)  # which knows no name before it is saved
     scheduler.save_pretrained(tmp_path)
-    for config in scheduler.config, type(scheduler).load_config(tmp_path):
-        with pytest.raises(ValueError, match=f"noise schedule of {stock}Scheduler is not one of"):
-            CASES[name].cls.from_config(config)
+    with pytest.raises(ValueError, match=f"noise schedule of {stock}Scheduler.* is not one of"):
+        CASES[name].cls.from_config(type(scheduler).load_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("stock", "settings"),
+    [
+        ("FlowMatchEulerDiscrete", {"invert_sigmas": True}),
+        ("FlowMatchEulerDiscrete", {"stochastic_sampling": True}),
+        ("EulerDiscrete", {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", CASES)
+def test_a_setting_that_changes_the_process_is_refused(name, stock, settings):
+    config = getattr(diffusers, f"{stock}Scheduler")(**settings).config
+    with pytest.raises(ValueError, match=f"with {next(iter(settings))}=.* is not one of"):
+        CASES[name].cls.from_config(config)
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["from_config", "from_pretrained"])

@@ -84,6 +84,30 @@ def test_it_is_of_second_order_for_every_gamma(solver, gamma, ratio):
     assert errors[1] / errors[2] == pytest.approx(ratio, rel=0.15)
 
 
+def test_adopted_latents_are_carried_on_as_by_euler():
+    """Where the network says nothing the two solvers are the same, edits and all."""
+    outs = []
+    for solver in ("euler", "heun"):
+        scheduler = BDIAScheduler(**SD, solver=solver, on_edit="adopt")
+        scheduler.set_timesteps(6)
+        x = noise(1, 4, 4, 4)
+        for index, t in enumerate(scheduler.timesteps):
+            x = scheduler.step(torch.zeros_like(x), t, x).prev_sample
+            if index + 1 in (2 * scheduler.order, 3 * scheduler.order):
+                x = x + 1
+        outs.append(x)
+    assert torch.allclose(*outs, rtol=1e-12)
+
+
+@pytest.mark.parametrize("process", ["vp", "flow", "edm"])
+@pytest.mark.parametrize("steps", [0, -3, 2.5, "5"])
+def test_steps_that_are_no_number_of_steps_are_refused(process, steps):
+    with pytest.raises(ValueError, match="`num_inference_steps` must be a whole number"):
+        BDIAScheduler(process=process).set_timesteps(steps)
+    with pytest.raises(ValueError, match="`skip_steps` must not be negative, got -3"):
+        BDIAScheduler(process=process, skip_steps=-3).set_timesteps(10)
+
+
 def test_what_it_can_not_do_is_refused_with_the_reason():
     scheduler = BDIAScheduler(**SD, solver="heun")
     scheduler.set_timesteps(10)

@@ -545,7 +545,7 @@ def test_a_model_without_betas_is_refused(stock):
 @pytest.mark.parametrize(
     ("config", "arguments", "message"),
     [
-        ({}, {"num_inference_steps": 0}, r"`num_inference_steps` must lie in \[1, 1000\]"),
+        ({}, {"num_inference_steps": 0}, r"`num_inference_steps` must be a whole number"),
         ({}, {}, "pass exactly one"),
         ({}, {"num_inference_steps": 2, "timesteps": [5, 3]}, "pass exactly one"),
         ({}, {"timesteps": [100, 200]}, "fall strictly"),

@@ -1280,8 +1280,8 @@ def test_a_flow_matching_config_is_refused(stock, loaded, tmp_path):
 @pytest.mark.parametrize(
     ("config", "arguments", "message"),
     [
-        ({}, {"num_inference_steps": 0}, r"`num_inference_steps` must lie in \[1, 1000\]"),
-        ({}, {"num_inference_steps": 1001}, r"`num_inference_steps` must lie in \[1, 1000\]"),
+        ({}, {"num_inference_steps": 0}, r"`num_inference_steps` must be a whole number in \[1, 1000\]"),
+        ({}, {"num_inference_steps": 1001}, r"`num_inference_steps` must be a whole number in \[1, 1000\]"),
         ({}, {}, "pass exactly one"),
         ({}, {"num_inference_steps": 2, "timesteps": [5, 3]}, "pass exactly one"),
         ({}, {"timesteps": []}, "at least one"),
