@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import DDIMScheduler, PNDMScheduler
 
 import sfumato
@@ -21,6 +20,8 @@ from sfumato.arguments import make_parser
 from sfumato.evaluation.judge import Judge
 from sfumato.evaluation.metrics import frechet_distance, wilson
 from sfumato.loading import assets_folder
+from sfumato.training.atelier_networks import small_garments
+from sfumato.training.atelier_release import blue_photos
 
 
 @dataclass
@@ -66,13 +67,6 @@ class Bench:
         return frechet_distance(self.judge.features(pictures), self.real), int(right.sum())
 
 
-def blue_photos(small: torch.Tensor) -> torch.Tensor:
-    """Enlarge grey garments ``(B, 1, 16, 16)`` in [0, 1] and render them as the judge knows them."""
-    large = F.interpolate(small, scale_factor=2, mode="bilinear")[:, 0, 2:-2, 2:-2].clamp(0, 1)
-    blue = torch.full((len(large),), list(atelier.COLOURS).index("blue"))
-    return atelier.render((255 * large).byte(), torch.zeros_like(blue), blue)
-
-
 def pixel_bench(config: SamplersConfig, judge: Judge) -> tuple[Bench, Any]:
     """The class-conditional pixel model without guidance."""
     pipe = sfumato.load("atelier-pixel")
@@ -98,7 +92,7 @@ def pixel_bench(config: SamplersConfig, judge: Judge) -> tuple[Bench, Any]:
 def grey_garments(config: SamplersConfig, split: str) -> torch.Tensor:
     """Real pictures ``(5000, 1, 16, 16)`` in [0, 1], as the pixel model knows them."""
     images, _ = atelier.find_fashion_mnist(config.data_dir, split)
-    return F.avg_pool2d(F.pad(torch.from_numpy(images[:5000]).float() / 255, (2, 2, 2, 2)).unsqueeze(1), 2)
+    return (small_garments(images[:5000]) + 1) / 2
 
 
 def latent_bench(config: SamplersConfig, judge: Judge) -> tuple[Bench, Any]:

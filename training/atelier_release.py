@@ -188,12 +188,17 @@ def _measure_pixel(
     truth = {"garment": torch.from_numpy(labels[:1000]).long()}
     verdicts = {}
     for name, small, wanted in (("generated", torch.cat(parts), asked), ("real", real, truth["garment"])):
-        large = F.interpolate(small, scale_factor=2, mode="bilinear")[:, 0, 2:-2, 2:-2].clamp(0, 1)
-        blue = torch.full((len(large),), list(atelier.COLOURS).index("blue"))
-        pictures = atelier.render((255 * large).byte(), torch.zeros_like(blue), blue)
+        pictures = blue_photos(small)
         correct = int((judge.predict(pictures)["garment"] == wanted).sum())
         verdicts[name] = wilson(correct, len(pictures)).as_dict()
     return verdicts
+
+
+def blue_photos(small: torch.Tensor) -> torch.Tensor:
+    """Enlarge grey garments ``(B, 1, 16, 16)`` in [0, 1] and render them in blue as the judge knows them."""
+    large = F.interpolate(small, scale_factor=2, mode="bilinear")[:, 0, 2:-2, 2:-2].clamp(0, 1)
+    blue = torch.full((len(large),), list(atelier.COLOURS).index("blue"))
+    return atelier.render((255 * large).byte(), torch.zeros_like(blue), blue)
 
 
 def _write_cards(run: Path, assets: Path, quality: Mapping[str, Any]) -> None:

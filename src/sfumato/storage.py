@@ -26,6 +26,7 @@ __all__ = [
     "check_output_dir",
     "fingerprint",
     "load_tensors",
+    "load_tensors_of",
     "read_json",
     "read_metadata",
     "save_tensors",
@@ -146,6 +147,22 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
+
+
+def load_tensors_of(path: str | Path | None, key: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
+    """Read what an earlier start of a run stored with the metadata ``{"key": key}``.
+
+    Args:
+        path: The file; None is none.
+        key: What the tensors were made from, as JSON can hold it.
+
+    Returns:
+        Name to tensor, or None if the file is absent, damaged, or made from something else.
+    """
+    try:
+        return load_tensors(path) if path is not None and read_metadata(path).get("key") == key else None
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def tune_time_shift(
     }
     features = features or principal_components(pictures)
     real = features(pictures)
-    distances, seen = {}, {}
+    seen = {}
     try:
         for candidate, pipe.scheduler in schedulers.items():
             generator = torch.Generator().manual_seed(seed)
@@ -105,11 +105,11 @@ def tune_time_shift(
                 shapes = f"{tuple(pictures.shape[1:])} and {tuple(drawn.shape[1:])}"
                 raise ValueError(f"Real and drawn pictures must have the same channels and size, got {shapes}.")
             seen[candidate] = features(drawn)
-            order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))
-            chooses, confirms = order[::2], order[1::2]
-            distances[candidate] = frechet_distance(seen[candidate][chooses], real)
     finally:
         pipe.scheduler = kept
+    order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))
+    chooses, confirms = order[::2], order[1::2]
+    distances = {candidate: frechet_distance(values[chooses], real) for candidate, values in seen.items()}
     none = candidates[0]
     best = min(candidates[1:], key=lambda candidate: distances[candidate])
     confidence = _confidence(seen[best][confirms], seen[none][confirms], real, seed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +22,7 @@ from sfumato.settings import check_types
 from sfumato.trainer import Objective, TrainingConfig, train
 from sfumato.unlearning.examples import Examples, PromptTable, draw_examples, read_image_folder
 
-__all__ = ["ExampleConfig", "History", "Masks", "MethodModule", "Task", "TrainedConfig"]
+__all__ = ["ExampleConfig", "History", "Masks", "Task", "TrainedConfig"]
 
 History = list[dict[str, float]]
 Masks = Mapping[str, torch.Tensor]
@@ -168,17 +168,18 @@ class Task:
             "base": self.identity["base"], "source": self.identity["examples"], "prompts": list(prompts),
             "seed": self.seed,
         }  # fmt: skip
-        stored = _stored(path)
-        if path is not None and stored.get("key") == key:
-            latents = storage.load_tensors(path)["latents"]
-            return Examples(latents, torch.zeros_like(latents), tuple(stored["shown"]))
+        count = getattr(sources, f"{kind}_examples")
+        stored = storage.load_tensors_of(path, key)
+        if stored is not None:
+            latents = stored["latents"]
+            return Examples(latents, torch.zeros_like(latents), tuple(prompts[k % len(prompts)] for k in range(count)))
         drawn = draw_examples(
-            self.family, prompts, getattr(sources, f"{kind}_examples"), key=(self.seed, 7, _KINDS.index(kind)),
+            self.family, prompts, count, key=(self.seed, 7, _KINDS.index(kind)),
             num_inference_steps=sources.example_steps, guidance_scale=sources.example_guidance,
             batch_size=sources.example_batch_size, accelerator=self.accelerator, description=f"draw {kind} set",
         )  # fmt: skip
         if path is not None and self.accelerator.is_main_process:
-            storage.save_tensors(path, {"latents": drawn.mean}, {"key": key, "shown": drawn.prompts})
+            storage.save_tensors(path, {"latents": drawn.mean}, {"key": key})
         self.accelerator.wait_for_everyone()
         return drawn
 
@@ -205,19 +206,3 @@ class Task:
             self.model, objective, self.training, output_dir=self.output_dir, masks=both, resume=self.resume,
             identity=self.identity, accelerator=self.accelerator, description=description,
         )  # fmt: skip
-
-
-def _stored(path: Path | None) -> dict[str, Any]:
-    """What an earlier start of this run wrote beside its examples; nothing if it is absent or damaged."""
-    try:
-        return storage.read_metadata(path) if path is not None else {}
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
-class MethodModule(Protocol):
-    """What the module of a method has."""
-
-    def run(self, task: Task, config: Any) -> tuple[History, dict[str, Any]]:
-        """Unlearn, changing `task.model` in place; returns the training's history and facts for the manifest."""
-        ...

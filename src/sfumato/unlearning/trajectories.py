@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -361,7 +360,7 @@ def find_trajectories(task: Task, walker: Walker, prompts: Sequence[str], name: 
         "prediction_type": task.family.prediction_type, "grid": walker.grid.tolist(),
         **{f.name: settings[f.name] for f in fields(TrajectoryConfig) if f.name.startswith(("trajectory", "legacy"))},
     } if path is not None else {}  # fmt: skip
-    stored = _stored(path, key)
+    stored = storage.load_tensors_of(path, key)
     if stored is not None:
         times, latents = stored.pop("timesteps"), stored.pop("latents")
         return Trajectories(tuple(prompts), times, latents, stored, task.family.device)
@@ -385,12 +384,3 @@ def bank_facts(walker: Walker, *banks: Trajectories) -> dict[str, Any]:
         "trajectory_evaluations": count * walker.evaluations,
         "trajectories_mb": round(sum(bank.megabytes for bank in banks), 1),
     }
-
-
-def _stored(path: Path | None, key: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
-    """The bank in a file, if it is there, whole, and the one wanted."""
-    try:
-        found = path is not None and storage.read_metadata(path).get("key") == key
-        return storage.load_tensors(path) if found and path is not None else None
-    except (FileNotFoundError, ValueError):
-        return None
