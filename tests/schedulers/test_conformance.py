@@ -20,6 +20,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -54,6 +55,7 @@ CASES = {
     "EDICT": Case(EDICTScheduler, ddim={}),
     "FixedPoint": Case(FixedPointScheduler, ddim={}),
     "EditFriendlyDDPM": Case(EditFriendlyDDPMScheduler, {"eta": 0.0}, ("vp",), False, ddim={}),
+    "EditFriendlyDDPM, eta 1": Case(EditFriendlyDDPMScheduler, {"eta": 1.0}, ("vp",), False),
     "DDCM": Case(DDCMScheduler, {"original_inference_steps": None}, ("vp",), False, alone=False),
     "TimeShift": Case(TimeShiftScheduler, {"window": 60}, ("vp",), False, False, ddim={"window": 0}),
     "TimeShift, pnm": Case(TimeShiftScheduler, {"mode": "pnm", "window": 60}, ("vp",), False, ddim={"window": 0}),
@@ -69,6 +71,18 @@ SETTINGS = {"vp": SD, "flow": {"process": "flow", "shift": 3.0}, "edm": {"proces
 SPACINGS = ["leading", "linspace", "trailing"]
 ABSENT = ("LMSDiscreteScheduler", "DPMSolverSDEScheduler")  # they need scipy and torchsde
 STOCK = [e.name for e in KarrasDiffusionSchedulers if e.name not in ABSENT and e.name != "EDMEulerScheduler"]
+
+
+@pytest.fixture(autouse=True)
+def same_noise(monkeypatch):
+    """Where a step draws noise and is given no generator, every sample gets the same one, in each run."""
+
+    def draw(shape, generator=None, device=None, dtype=None):
+        if generator is not None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return noise(*shape[1:], seed=2, dtype=dtype).to(device).expand(shape)
+
+    monkeypatch.setattr("sfumato.schedulers.scheduling_edit_friendly_ddpm.randn_tensor", draw)
 
 
 def make(name, process="vp", **config):
@@ -862,9 +876,36 @@ def test_several_images_for_a_prompt_are_those_of_single_calls(name, tiny):
         pytest.skip("its samples share a time")
     pipe = tiny("sd", CASES[name].cls, **CASES[name].config)
     x = noise(3, 4, 8, 8, dtype=torch.float32)
-    together, _ = pipe(steps=4, latents=x, num_images_per_prompt=3)
+    seeds = [torch.Generator().manual_seed(k) for k in range(3)]
+    together, _ = pipe(steps=4, latents=x, num_images_per_prompt=3, generator=seeds)
     for k in range(3):
-        assert relative(pipe(steps=4, latents=x[k : k + 1])[0], together[k : k + 1]) < 1e-4
+        assert relative(pipe(steps=4, latents=x[k : k + 1], seed=k)[0], together[k : k + 1]) < 1e-4
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("kind", [kind for name, kind in SUPPORTED if name == "EditFriendlyDDPM"])
+def test_ddcm_edits_in_every_stock_pipeline(kind, eta, tiny):
+    pipe = tiny(kind, DDCMScheduler, original_inference_steps=None)
+    source = noise(*pipe.kind.shape, dtype=torch.float32)
+    if eta == 0 and kind == "ddpm pixels":
+        pytest.skip("the pipeline knows no eta, and the scheduler's own is 1")
+    pipe.pipe.scheduler.set_source(source)
+    # Two branches, source and target: the same noise, the prompts' embeddings one after the other.
+    both = {key: torch.cat([value, -value]) for key, value in pipe.kind.call.items() if "embeds" in key}
+    both |= {key: torch.cat([pipe.kind.call[key]] * 2) for key in ("image", "mask_image") if key in pipe.kind.call}
+    both |= {} if kind == "ddpm pixels" else {"eta": eta}
+    both |= {"batch_size": 2} if "pixels" in kind else {}
+    outs = []
+    for _ in range(2):
+        out, seen = pipe(steps=6, generator=[torch.Generator().manual_seed(0) for _ in range(2)], **both)
+        outs.append(out)
+    times = pipe.pipe.scheduler.timesteps.tolist()
+    assert seen == times[len(times) - len(seen) :] and len(seen) == (3 if pipe.kind.strength == 0.6 else 6)
+    assert torch.equal(*outs) and torch.isfinite(outs[0]).all()
+    drawn = source if "pixels" not in kind else (source / 2 + 0.5).clamp(0, 1)
+    assert relative(outs[0][:1], drawn) < 1e-6
+    if "pixels" not in kind:  # an unconditional model can't tell the branches apart
+        assert relative(outs[0][1:], drawn) > 1e-3
 
 
 # ---------------------------------------------------------------- from the Hub, without this package
