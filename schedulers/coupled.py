@@ -104,9 +104,10 @@ class CoupledMixin(ReversibleMixin, ABC):
             in `sample.dtype`.
 
         Raises:
-            ValueError: Before `set_timesteps`, for `eta` > 0, or if `sample` is not what the last step returned.
+            ValueError: Before `set_timesteps`, for `eta` > 0, for shapes that differ, or if `sample` is not what the
+                last step returned.
         """
-        position, begins = self._enter(timestep, sample, eta)
+        position, begins = self._enter(model_output, timestep, sample, eta)
         output = model_output.to(state_dtype(sample.device))
         if begins:
             self._run = self.calls(position)

@@ -77,7 +77,7 @@ class HeunMixin(TwoStepMixin):
         """See `CoupledMixin.step`; Heun's may return a point that only the network is to see."""
         if self.config.solver == "euler":
             return super().step(model_output, timestep, sample, eta, use_clipped_model_output, generator, return_dict)
-        position, begins = self._enter(timestep, sample, eta)
+        position, begins = self._enter(model_output, timestep, sample, eta)
         output = model_output.to(state_dtype(sample.device))
         index, level = position // self.order, self._calls[position]
         now = self._path[index]

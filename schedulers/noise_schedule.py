@@ -33,6 +33,15 @@ def require_fraction(name: str, value: float) -> None:
         raise ValueError(f"`{name}` must lie in [0, 1], got {value}.")
 
 
+def require_output_like(model_output: Tensor, sample: Tensor) -> None:
+    """Raise a ValueError unless a prediction has the sample's shape."""
+    if model_output.shape != sample.shape:
+        raise ValueError(
+            f"`model_output` must have the shape of `sample`, {tuple(sample.shape)}, got {tuple(model_output.shape)}:"
+            " of a model that predicts its variance too, pass the first half of the channels."
+        )
+
+
 def process_of(config: Mapping[str, Any]) -> str:
     """Tell from another scheduler's config which process its model was trained on: "vp", "flow" or "edm".
 

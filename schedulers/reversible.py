@@ -23,6 +23,7 @@ from .noise_schedule import (
     entry_of,
     noise_schedule,
     process_of,
+    require_output_like,
     state_dtype,
 )
 
@@ -264,12 +265,13 @@ class ReversibleMixin:
         distances = [abs(time - float(timestep)) for time in self._times[:: self.order]]
         return self.order * distances.index(min(distances))
 
-    def _enter(self, timestep: Any, sample: Tensor, eta: float) -> tuple[int, bool]:
+    def _enter(self, model_output: Tensor, timestep: Any, sample: Tensor, eta: float) -> tuple[int, bool]:
         """Position of a step, and whether a run begins with it."""
         if self.num_inference_steps is None:
             raise ValueError("Call `set_timesteps` before `step`: the times of the run are not known yet.")
         if eta > 0:
             raise ValueError(f"{type(self).__name__} is deterministic, else it could not be undone: eta must be 0.")
+        require_output_like(model_output, sample)
         position = self._position_of(timestep)
         begins = position != self.step_index or self._returned is None
         if not begins and sample is self._given and sample is not self._returned:

@@ -38,6 +38,7 @@ from .noise_schedule import (
     entry_of,
     noise_schedule,
     require_betas,
+    require_output_like,
     spaced_times,
     split_prediction,
     state_dtype,
@@ -259,6 +260,7 @@ class DDCMScheduler(SchedulerMixin, ConfigMixin):
                 source's, for `eta` outside [0, 1], for two sources of noise, or a noise of the wrong shape.
         """
         source, branches = self._checked(sample, eta, generator, variance_noise)
+        require_output_like(model_output, sample)
         index, seen = self._locate(timestep, sample.device)
         alpha = self._alpha_at(seen, sample)  # (1, 1, 1, 1)
         x = self._unrounded(sample)

@@ -38,6 +38,7 @@ from .noise_schedule import (
     noise_schedule,
     require_betas,
     require_fraction,
+    require_output_like,
     state_dtype,
 )
 
@@ -343,6 +344,7 @@ class EditFriendlyDDPMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"`eta` is the scheduler's, {self.config.eta}, got {eta}: set it by `from_config(..., eta=)`."
             )
+        require_output_like(model_output, sample)
         index = self._locate(timestep)
         retried = sample is self._given and sample is not self._returned
         if index != self.step_index or self._state is None or retried:

@@ -194,7 +194,7 @@ class FixedPointScheduler(ReversibleMixin, SchedulerMixin, ConfigMixin):
             ValueError: Before `set_timesteps`, for `eta` > 0, if an inversion begins in the middle of a step, or if
                 `sample` is not what the last call returned.
         """
-        position, begins = self._enter(timestep, sample, eta)
+        position, begins = self._enter(model_output, timestep, sample, eta)
         output = model_output.to(state_dtype(sample.device))
         if begins or self._now is None:
             state = self._begin_run(position, sample)

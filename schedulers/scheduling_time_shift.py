@@ -55,6 +55,7 @@ from .noise_schedule import (
     entry_of,
     noise_schedule,
     require_betas,
+    require_output_like,
     spaced_times,
     state_dtype,
 )
@@ -396,6 +397,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("Call `set_timesteps` before `step`: the times of the run are not known yet.")
         if generator is not None and variance_noise is not None:
             raise ValueError("`step` takes either `generator` or `variance_noise`, got both: pass one.")
+        require_output_like(model_output, sample)
         eta = checked_eta(self.config.solver, eta)
         if eta > 0 and variance_noise is None:
             shape, device, dtype = model_output.shape, model_output.device, model_output.dtype

@@ -126,8 +126,11 @@ def test_statistics_of_noise_tell_it_from_something_else():
         ({"strength": 0.0}, "strength"),
         ({"strength": 1.5}, "strength"),
         ({"num_inference_steps": 4, "strength": 0.25}, "at least 2 steps"),
+        ({"scheduler": "ddpm", "strength": 0.25}, "at least 2 steps"),
+        ({"num_inference_steps": 1}, "at least 2 steps"),
         ({"prompt": ["one", "two"]}, "one each"),
         ({"image": 2 * torch.ones(1, 3, 32, 32)}, r"in \[0, 1\]"),
+        ({"image": torch.full((1, 3, 32, 32), float("nan"))}, "not finite"),
     ],
 )
 def test_impossible_inversions_are_refused_before_any_network_call(atelier, arguments, message):

@@ -50,6 +50,8 @@ class LatentSpace:
                 f"[{image.min():.3g}, {image.max():.3g}]."
             )
         images = self.pipe.image_processor.preprocess(image).float()  # (B, 3, H, W) in [-1, 1]
+        if not torch.isfinite(images).all():
+            raise ValueError("A picture holds values that are not finite (NaN or infinity).")
         return (images / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()

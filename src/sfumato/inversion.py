@@ -402,8 +402,10 @@ def _sampler(pipe: DiffusionPipeline, scheduler: Any, steps: int, strength: floa
         raise ValueError(
             f"{type(scheduler).__name__} can't be inverted; give one of {', '.join(SCHEDULERS)}, or such a scheduler."
         )
-    skip = steps - int(steps * strength)
-    return type(scheduler).from_config(scheduler.config, inverse=False, skip_steps=skip)
+    taken = int(steps * strength)
+    if taken < 2:
+        raise ValueError(f"An inversion takes at least 2 steps, but strength {strength} leaves {taken} of {steps}.")
+    return type(scheduler).from_config(scheduler.config, inverse=False, skip_steps=steps - taken)
 
 
 def _one_each(prompt: str | Sequence[str], count: int, name: str) -> list[str]:

@@ -603,6 +603,17 @@ def test_stepping_before_set_timesteps_is_refused():
             make(name).step(x, 0, x)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_prediction_of_another_shape_is_refused(name):
+    scheduler, x = make(name), noise(2, 4, 4, 4)
+    if name == "DDCM":
+        scheduler.set_source(x[:1])
+    scheduler.set_timesteps(4)
+    for output in (x[:1], noise(2, 8, 4, 4)):
+        with pytest.raises(ValueError, match="`model_output` must have the shape of `sample`"):
+            scheduler.step(output, scheduler.timesteps[0], x)
+
+
 @pytest.mark.parametrize("name", UNDONE)
 def test_a_scheduler_that_can_be_undone_refuses_eta(name):
     scheduler, x = make(name), noise(1, 4, 4, 4)
