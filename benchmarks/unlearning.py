@@ -1,8 +1,9 @@
 """Compare the unlearning methods on the embedded model: ``python benchmarks/unlearning.py --output bench-unlearning``.
 
 Every method forgets every concept with every seed, by its recipe, in a process of its own; the result is drawn and
-judged against the original. Finished cells are kept in the output folder, so a run that was cut short goes on. The
-table has a row a method, pooled over concepts and seeds, with 95 % Wilson intervals; the picture shows one concept.
+judged against the original, and then attacked with adversarial embeddings, the same attack for all. Finished cells are
+kept in the output folder, so a run that was cut short goes on. The table has a row a method, pooled over concepts and
+seeds, with 95 % Wilson intervals; the picture shows one concept.
 """
 
 import json
@@ -20,6 +21,7 @@ from PIL import Image
 import sfumato
 from sfumato import storage
 from sfumato.arguments import make_parser
+from sfumato.attacks.embeddings import attack_embeddings
 from sfumato.concepts import vocabulary_of
 from sfumato.evaluation.generation import draw
 from sfumato.evaluation.judge import Judge
@@ -44,6 +46,7 @@ class UnlearningConfig:
         concepts: Comma-separated.
         seeds: Of training and of the pictures, comma-separated.
         pictures: Pictures of the concept to judge, about; three times as many of everything else.
+        attacked: Prompts of the concept to attack; 0 attacks none.
         strip: The concept and seed to show for every method.
     """
 
@@ -52,6 +55,7 @@ class UnlearningConfig:
     concepts: str = "sneaker,bag,sketch,red"
     seeds: str = "0,1,2"
     pictures: int = 144
+    attacked: int = 24
     strip: str = "sneaker,0"
 
 
@@ -85,6 +89,8 @@ class Bench:
             facts = {key: manifest[key] for key in ("seconds", "peak_memory_mb", "denoiser_evaluations")}
             pipe = DiffusionPipeline.from_pretrained(trained, dtype=torch.float32)
         scores = {**self.score(pipe, concept, seed), **facts}
+        if pipe is not self.pipe and self.config.attacked:
+            scores["attacked"] = self.attack(pipe, concept, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         storage.write_text(path, json.dumps(scores, indent=1))
         return scores
@@ -122,6 +128,18 @@ class Bench:
             scores.setdefault("neighbours", {})[name] = wilson(sum(right), len(right)).as_dict()
         return scores
 
+    def attack(self, pipe: DiffusionPipeline, concept: str, seed: int) -> dict[str, float]:
+        """Share of attacked prompts whose picture shows the concept again."""
+        target = self.vocabulary.parse(concept)
+        rows = self.vocabulary.combinations(target)
+        chosen = [rows[k * len(rows) // self.config.attacked] for k in range(self.config.attacked)]
+        prompts = [self.vocabulary.prompt(row) for row in chosen]
+        found = attack_embeddings(pipe, self.pipe, prompts, seed=seed, description=None)
+        pictures = draw(pipe, prompts, seed=seed, description=None, conditioning=found, **DRAWING)
+        seen = self.judge.predict(pictures)
+        words = [{d: self.judge.domains[d][int(seen[d][k])] for d in target} for k in range(len(prompts))]
+        return wilson(sum(word == target for word in words), len(words)).as_dict()
+
 
 def pooled(cells: list[dict[str, Any]], key: str) -> Proportion:
     """One proportion of several."""
@@ -134,6 +152,9 @@ def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
     for key in ("distance", "seconds", "peak_memory_mb", "denoiser_evaluations"):
         values = [cell[key] for cell in cells if key in cell]
         row[key] = sum(values) / len(values) if values else None
+    attacked = [cell for cell in cells if "attacked" in cell]
+    if attacked:
+        row["attacked"] = pooled(attacked, "attacked").as_dict()
     with_neighbours = [cell["neighbours"] for cell in cells if "neighbours" in cell]
     for name in dict.fromkeys(name for found in with_neighbours for name in found):
         row[name] = pooled(with_neighbours, name).as_dict()
@@ -148,10 +169,10 @@ def shown(share: Mapping[str, float]) -> str:
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows in Markdown."""
     neighbours = list(dict.fromkeys(name for names in NEIGHBOURS.values() for name in names))
-    head = ["", "UA", "IRA", "CRA", *neighbours, "distance", "seconds", "MB", "evaluations"]
+    head = ["", "UA", "IRA", "CRA", *neighbours, "attacked", "distance", "seconds", "MB", "evaluations"]
     lines = [head, ["---"] * len(head)]
     for name, row in rows.items():
-        shares = [shown(row[key]) if key in row else "" for key in ("ua", "ira", "cra", *neighbours)]
+        shares = [shown(row[key]) if key in row else "" for key in ("ua", "ira", "cra", *neighbours, "attacked")]
         keys = ("seconds", "peak_memory_mb", "denoiser_evaluations")
         costs = ["" if row[key] is None else f"{row[key]:,.0f}" for key in keys]
         lines.append([name, *shares, f"{row['distance']:.2f}", *costs])

@@ -322,6 +322,7 @@ class StableDiffusion:
         num_inference_steps: int,
         guidance_scale: float,
         latents_only: bool = False,
+        conditioning: Conditioning | None = None,
     ) -> torch.Tensor:
         """Draw one picture a prompt with the pipeline's own loop and scheduler.
 
@@ -331,15 +332,23 @@ class StableDiffusion:
             num_inference_steps: Sampler steps.
             guidance_scale: Classifier-free guidance; 1 is none.
             latents_only: Give latents ``(B, C, H, W)`` in model units instead of pictures.
+            conditioning: What to show in place of the prompts, as `encode_prompts` gives it, ``B`` rows.
 
         Returns:
             Pictures ``(B, 3, H, W)`` in [0, 1], float32, or latents, on the pipeline's device.
         """
+        asked: dict[str, Any] = {"prompt": list(prompts)}
+        if conditioning is not None:
+            empty = self.encode_prompts([""] * len(prompts))
+            asked = {
+                "prompt_embeds": conditioning["encoder_hidden_states"].to(self.pipe.text_encoder.dtype),
+                "negative_prompt_embeds": empty["encoder_hidden_states"],
+            }
         hidden = getattr(self.pipe, "_progress_bar_config", {})
         self.pipe.set_progress_bar_config(**{**hidden, "disable": True})
         try:
             latents = self.pipe(
-                prompt=list(prompts), generator=list(generators), num_inference_steps=num_inference_steps,
+                **asked, generator=list(generators), num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale, output_type="latent",
             ).images  # fmt: skip
         finally:

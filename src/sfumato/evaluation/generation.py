@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from sfumato.families import family_of
+from sfumato.families import Conditioning, family_of
 from sfumato.randomness import generator_for
 
 __all__ = ["draw"]
@@ -23,6 +23,7 @@ def draw(
     guidance_scale: float = 3.0,
     batch_size: int = 64,
     description: str | None = "draw",
+    conditioning: Conditioning | None = None,
 ) -> torch.Tensor:
     """Draw one picture for each prompt.
 
@@ -34,6 +35,7 @@ def draw(
         guidance_scale: Classifier-free guidance.
         batch_size: Pictures at a time.
         description: The progress bar's label; None shows no bar.
+        conditioning: What to show in place of the prompts, as a family encodes them, ``N`` rows.
 
     Returns:
         Pictures ``(N, 3, H, W)`` in [0, 1], float32, on the CPU.
@@ -43,8 +45,12 @@ def draw(
     for start in tqdm(range(0, len(prompts), batch_size), desc=description, disable=description is None):
         batch = prompts[start : start + batch_size]
         generators = [generator_for(seed, start + k) for k in range(len(batch))]
+        given = None
+        if conditioning is not None:
+            given = {name: values[start : start + batch_size] for name, values in conditioning.items()}
         pictures = family.generate(
-            batch, generators, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
-        )
+            batch, generators, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+            conditioning=given,
+        )  # fmt: skip
         parts.append(pictures.cpu())
     return torch.cat(parts)

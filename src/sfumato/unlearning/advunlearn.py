@@ -29,8 +29,7 @@ their own; no gradient is computed for weights that are not trained; batches may
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +41,7 @@ from sfumato.trainer import Shard
 from sfumato.unlearning.embedding_attack import (
     INSERTIONS,
     accumulated_descent,
+    frozen,
     insert_embeddings,
     projected_descent,
     room_for,
@@ -327,19 +327,6 @@ class AdvUnlearnObjective:
                 bank.refresh(np.concatenate(rows), key)
 
 
-@contextmanager
-def _frozen(*modules: torch.nn.Module) -> Iterator[None]:
-    """Spare parts that pass a gradient on the computation of their own."""
-    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
 def check(task: Task, config: AdvUnlearnConfig) -> None:
     """Check, before the long work, that the retained batch can be shared and that the attack fits into the prompts."""
     shards = task.accelerator.num_processes * task.training.gradient_accumulation_steps
@@ -372,7 +359,7 @@ def run(task: Task, config: AdvUnlearnConfig) -> tuple[History, dict[str, Any]]:
     ]
     live = config.train == "denoiser"
     forget, retain = (TrainedTrajectories(walker, task.model, bank) if live else bank for bank in walked)
-    with _frozen(task.family.denoiser, task.family.parts["text_encoder"]):
+    with frozen(task.family.denoiser, task.family.parts["text_encoder"]):
         objective = AdvUnlearnObjective(task, config, forget, retain)
         passes, count = task.training.gradient_accumulation_steps, task.accelerator.num_processes
         shards = [Shard(number * count + task.accelerator.process_index, passes * count) for number in range(passes)]

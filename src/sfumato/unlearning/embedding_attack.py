@@ -16,11 +16,12 @@ which the next gradient is added; the projected one takes the sign of each gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
-__all__ = ["INSERTIONS", "accumulated_descent", "insert_embeddings", "projected_descent", "room_for"]
+__all__ = ["INSERTIONS", "accumulated_descent", "frozen", "insert_embeddings", "projected_descent", "room_for"]
 
 INSERTIONS = ("prefix", "suffix", "replace", "add")
 RowLosses = Callable[[torch.Tensor, int], torch.Tensor]
@@ -118,6 +119,19 @@ def projected_descent(
         direction = gradient.sign() if fast else gradient / norm
         delta = _project(delta.detach() - learning_rate * direction, radius)
     return delta
+
+
+@contextmanager
+def frozen(*modules: torch.nn.Module) -> Iterator[None]:
+    """Spare parts that pass a gradient on the computation of their own."""
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _gradient(losses: RowLosses, delta: torch.Tensor, number: int) -> torch.Tensor:

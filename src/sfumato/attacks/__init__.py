@@ -1,0 +1,1 @@
+"""Attacks: audits of unlearned models, by whoever has their weights."""
