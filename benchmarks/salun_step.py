@@ -105,7 +105,7 @@ def main(config: StepConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(0)
-    settings = recipes.settings_for("salun", sfumato.load("atelier"))
+    settings = dict(recipes.find_recipe("salun", sfumato.load("atelier"), "sneaker").settings)
     settings["batch_size"] = config.batch_size or settings["batch_size"]
     released = Released(settings, settings["batch_size"])
     ours, theirs = [], []

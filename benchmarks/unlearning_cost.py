@@ -225,7 +225,7 @@ def scores_of(pipe: DiffusionPipeline, config: CostConfig) -> dict[str, float]:
 def compare(method: str, config: CostConfig) -> list[dict[str, Any]]:
     """Both implementations of a method, as rows."""
     pipe = sfumato.load("atelier")
-    settings = {**recipes.settings_for(method, pipe), "seed": config.seed}
+    settings = {**recipes.find_recipe(method, pipe, config.concept).settings, "seed": config.seed}
     if config.steps:
         settings["steps"] = config.steps
     own, training = (

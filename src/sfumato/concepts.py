@@ -21,7 +21,9 @@ from diffusers import DiffusionPipeline
 
 from sfumato import storage
 
-__all__ = ["Concept", "Vocabulary", "resolve", "vocabulary_of"]
+__all__ = ["KINDS", "Concept", "Vocabulary", "kind_of", "resolve", "vocabulary_of"]
+
+KINDS = ("object", "style", "attribute", "global")
 
 VOCABULARY_FILE = "concepts.json"
 FILLERS = frozenset({"a", "an", "the", "of", "as", "in", "with", "and", "picture", "image", "something"})
@@ -207,6 +209,19 @@ def _refuse_contradictions(phrases: Sequence[str], anchor: str | None, retain: S
         for prompt in retain:
             if pattern.search(prompt):
                 raise ValueError(f"{prompt!r} is to be retained but names {phrase!r}, which is to be forgotten.")
+
+
+def kind_of(vocabulary: Vocabulary, forget: str | Sequence[str]) -> str:
+    """Tell which of `KINDS` a concept of a vocabulary is: that of the first domain named; several at once are global.
+
+    Raises:
+        ValueError: If a phrase is unknown.
+    """
+    phrases = [forget] if isinstance(forget, str) else list(forget)
+    domains = [next(iter(vocabulary.parse(phrase))) for phrase in phrases]
+    if len(phrases) > 1:
+        return "global"
+    return {"style": "style", "colour": "attribute"}.get(domains[0], "object")
 
 
 def vocabulary_of(pipe: DiffusionPipeline) -> Vocabulary | None:

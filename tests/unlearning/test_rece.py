@@ -207,13 +207,3 @@ def test_registry_says_that_it_needs_neither_training_nor_pictures():
 def test_bad_input_gets_one_sentence(tiny_pipe, settings, message):
     with pytest.raises(ValueError, match=message):
         unlearned(tiny_pipe, **settings)
-
-
-@pytest.mark.parametrize("method", ["uce", "rece"])
-@pytest.mark.parametrize("model", ["atelier", "sd14"])
-def test_shipped_recipes_are_ones_that_the_method_takes(method, model):
-    from sfumato.recipes import settings_for
-
-    settings = settings_for(method, None, f"{method}-{model}")
-    config = METHODS[method].config_class(**settings)
-    assert all(getattr(config, name) == value for name, value in settings.items())

@@ -128,7 +128,8 @@ def unlearn(
     family.check_dtypes()
     chosen_method = method_named(method)
     concept = concepts.resolve(pipe, forget, anchor=anchor, retain=retain)
-    chosen = {**recipes.settings_for(method, pipe, recipe), **settings}
+    found = recipes.find_recipe(method, pipe, forget, recipe)
+    chosen = {**found.settings, **settings}
     configs = {type(config): config for config in _configure(chosen_method.configs, chosen)}
     config = configs[chosen_method.config_class]
     sources, training = configs.get(ExampleConfig, ExampleConfig()), configs.get(TrainingConfig, TrainingConfig())
@@ -163,8 +164,8 @@ def unlearn(
     result = family.with_parts({config.part: model})
     if verify and accelerator.is_main_process:
         verdict = pronounce(pipe, result, concept, training.seed)
-        facts = {**facts, "verdict": verdict.as_dict()}
-        tqdm.write(verdict.sentence(concept.name), file=sys.stderr)
+        facts = {**facts, "verdict": verdict.as_dict(), "expected": dict(found.expected)}
+        tqdm.write(verdict.sentence(concept.name, found.expected.get("ua")), file=sys.stderr)
     if folder is not None and accelerator.is_main_process:
         settings_used = {name: value for part in configs.values() for name, value in asdict(part).items()}
         manifest = _manifest(task, method, settings_used, facts)

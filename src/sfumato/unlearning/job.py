@@ -52,12 +52,12 @@ def main(method: str, arguments: Sequence[str] | None = None) -> None:
     try:
         early = parser.parse_known_args(arguments)[0]
         pipe = loading.load(early.model)
-        parser.set_defaults(**recipes.settings_for(method, pipe, early.recipe))
+        parser.set_defaults(**recipes.find_recipe(method, pipe, early.forget, early.recipe).settings)
         job, *configs = parser.parse_args_into_dataclasses(arguments)
         settings = {name: value for config in configs for name, value in asdict(config).items()}
         unlearn(
             pipe, job.forget, method, anchor=job.anchor, retain=job.retain, output_dir=job.output, resume=job.resume,
-            verify=job.verify, **settings,
+            recipe=job.recipe, verify=job.verify, **settings,
         )  # fmt: skip
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")

@@ -52,8 +52,13 @@ class Verdict:
         """Give plain values for JSON."""
         return asdict(self)
 
-    def sentence(self, name: str) -> str:
-        """Say it in words."""
+    def sentence(self, name: str, expected: tuple[float, float] | None = None) -> str:
+        """Say it in words.
+
+        Args:
+            name: Of the concept.
+            expected: The range, in percent, in which the recipe's authors saw the share of pictures without it.
+        """
         text = (
             f"Predictions for {name!r} moved by {self.moved:.2f} of what tells it from its anchor, those for retained "
             f"prompts by {self.drifted:.2f} of what their prompts do."
@@ -62,7 +67,10 @@ class Verdict:
             return text
         state = f"{name!r} is gone" if self.gone >= GONE else f"{name!r} is NOT gone"
         shares = ", ".join(f"{word} {100 * a:.0f} -> {100 * b:.0f} %" for word, (a, b) in self.neighbours.items())
-        return f"{state}: {100 * self.gone:.0f} % of its pictures do not show it. Neighbours: {shares}. {text}"
+        seen = f"{100 * self.gone:.0f} % of its pictures do not show it"
+        if expected is not None:
+            seen += f" (expected of the recipe: {expected[0]:.0f} to {expected[1]:.0f} %)"
+        return f"{state}: {seen}. Neighbours: {shares}. {text}"
 
 
 def pronounce(pipe: DiffusionPipeline, result: DiffusionPipeline, concept: Concept, seed: int) -> Verdict:
