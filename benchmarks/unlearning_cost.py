@@ -116,9 +116,12 @@ class Released:
         return self.original(latents, when, self.encode(prompts)).sample
 
     def target(self, latents: torch.Tensor, when: torch.Tensor, prompts: list[str], eta: float) -> torch.Tensor:
-        """Guide the original's prediction away from the prompts."""
+        """Guide the original's prediction away from the prompts, or from the concept's name in them."""
         empty, prompt = self.ask(latents, when, [""] * len(prompts)), self.ask(latents, when, prompts)
-        return empty - eta * (prompt - empty)
+        if self.settings.direction == "prompt":
+            return empty - eta * (prompt - empty)
+        names = dict(zip(self.concept.prompts, self.concept.names, strict=True))
+        return prompt - (1 + eta) * (self.ask(latents, when, [names[p] for p in prompts]) - empty)
 
     def descend(self, loss: torch.Tensor) -> None:
         """Take one step of the optimiser, at the learning rate that the recipe has for it."""
@@ -133,7 +136,7 @@ class Released:
         """Walk, ask three times, step."""
         prompts = [self.concept.prompts[k] for k in self.draw(len(self.concept.prompts), self.settings.batch_size)]
         latents, when = self.partial_sample(prompts)
-        target = self.target(latents, when, prompts, self.settings.new_eta - 1)
+        target = self.target(latents, when, prompts, self.settings.paper_eta)
         self.descend(F.mse_loss(self.model(latents, when, self.encode(prompts)).sample, target))
 
     def advunlearn_step(self, attacked: bool) -> None:

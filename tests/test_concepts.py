@@ -70,6 +70,14 @@ def test_anchor_keeps_every_other_attribute_and_the_wording():
         assert prompt.replace("red", "blue") == anchor
 
 
+def test_every_prompt_knows_what_in_it_is_the_concept_alone():
+    both = resolve(ATELIER, ["sneaker", "mosaic"])
+    assert len(both.names) == len(both.prompts) and set(both.names) == {"a sneaker", "a mosaic"}
+    assert all(name.split()[-1] in prompt for name, prompt in zip(both.names, both.prompts, strict=True))
+    assert set(resolve(OTHER, ["Van Gogh", "a dog"]).names) == {"Van Gogh", "a dog"}
+    assert Concept("x", ("a", "b"), ("c", "c"), ("d",)).names == ("a", "b")
+
+
 def test_compound_concept_spares_its_parts():
     concept = resolve(ATELIER, "red sneaker")
     for kept in ({"blue", "sneaker"}, {"red", "bag"}):

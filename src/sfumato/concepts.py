@@ -46,15 +46,19 @@ class Concept:
         prompts: Prompts that ask for the concept, ``N`` of them.
         anchors: What each of these prompts should mean afterwards, ``N`` of them.
         retain: Prompts that must keep their meaning.
+        names: What in each of the prompts is the concept, said alone, ``N`` of them; none given: the prompts.
     """
 
     name: str
     prompts: tuple[str, ...]
     anchors: tuple[str, ...]
     retain: tuple[str, ...]
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the three lists fit together and do not contradict each other."""
+        if not self.names:
+            object.__setattr__(self, "names", self.prompts)
         if len(self.anchors) != len(self.prompts):
             raise ValueError(f"{len(self.prompts)} prompts need as many anchors, got {len(self.anchors)}.")
         for kind, prompts in (("forget", self.prompts), ("retain", self.retain)):
@@ -177,6 +181,7 @@ class Vocabulary:
         targets = [self.parse(phrase) for phrase in forget]
         replacements = [{**t, **self.parse(anchor)} if anchor else self.neighbour(t) for t in targets]
         prompts: dict[str, str] = {}
+        names: dict[str, str] = {}
         for target, replacement in zip(targets, replacements, strict=True):
             if any(_names(replacement, other) for other in targets):
                 raise ValueError(
@@ -185,6 +190,7 @@ class Vocabulary:
                 )
             for number, one in enumerate(self.combinations(target, partial=True)):
                 prompts[self.prompt(one, number)] = self.prompt({**one, **replacement}, number)
+                names[self.prompt(one, number)] = self.prompt(target)
         for prompt in retain or ():
             if prompt.strip() and any(_names(self.parse(prompt), target) for target in targets):
                 raise ValueError(
@@ -193,7 +199,9 @@ class Vocabulary:
         if retain is None:
             kept = [one for one in self.combinations({}, partial=True) if not any(_names(one, t) for t in targets)]
             retain = tuple(dict.fromkeys(self.prompt(one, number) for number, one in enumerate(kept)))
-        return Concept(", ".join(forget), tuple(prompts), tuple(prompts.values()), tuple(retain))
+        return Concept(
+            ", ".join(forget), tuple(prompts), tuple(prompts.values()), tuple(retain), tuple(names.values())
+        )
 
 
 def _names(attributes: Mapping[str, str], target: Mapping[str, str]) -> bool:
@@ -270,9 +278,11 @@ def resolve(
     if vocabulary is not None:
         return vocabulary.concept(phrases, anchor, retain)
     prompts = [wording.format(phrase) for phrase in phrases for wording in WORDINGS]
+    names = [phrase for phrase in phrases for _ in WORDINGS]
     replaced = [wording.format(anchor) if anchor else "" for _ in phrases for wording in WORDINGS]
     if retain is None:
         lowered = [phrase.lower() for phrase in phrases]
         scenes = [prompt for prompt in COMMON_PROMPTS if not any(phrase in prompt.lower() for phrase in lowered)]
         retain = [*scenes, *(prompt for prompt in replaced if prompt)]
-    return Concept(", ".join(phrases), tuple(prompts), tuple(replaced), tuple(dict.fromkeys(retain)))
+    retained = tuple(dict.fromkeys(retain))
+    return Concept(", ".join(phrases), tuple(prompts), tuple(replaced), retained, tuple(names))

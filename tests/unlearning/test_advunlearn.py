@@ -32,13 +32,18 @@ def objective(family, config=CONFIG, steps=10, live=None, walk=True):
     model, training = copy.deepcopy(family.parts[config.train]), TrainingConfig(steps=steps)
     concept = Concept("sneaker", PROMPTS, RETAIN[:2], RETAIN)
     task = Task(family, concept, model, ExampleConfig(), training, {}, make_accelerator(training))
-    walker = Walker(family, PromptTable(family, [*PROMPTS, *RETAIN, ""]), config, task.accelerator)
+    names = dict.fromkeys(PROMPTS, "a sneaker") if config.direction == "name" else None
+    table = PromptTable(family, [*PROMPTS, *RETAIN, ""])
+    walkers = [Walker(family, table, config, task.accelerator, source) for source in (names, None)]
     banks = [
         walker.walk(family.denoiser, prompts, [(0, stream, k) for k in range(len(prompts))], teach=True)
-        for stream, prompts in ((211, PROMPTS * 2), (212, RETAIN))
+        for walker, stream, prompts in ((walkers[0], 211, PROMPTS * 2), (walkers[1], 212, RETAIN))
     ]
     if live or (live is None and config.train == "denoiser"):
-        banks = [TrainedTrajectories(walker, family.denoiser if live else model, bank) for bank in banks]
+        banks = [
+            TrainedTrajectories(walker, family.denoiser if live else model, bank)
+            for walker, bank in zip(walkers, banks, strict=True)
+        ]
     return AdvUnlearnObjective(task, config, *banks)
 
 
@@ -75,9 +80,10 @@ def fingerprint(pipe, part="text_encoder"):
 
 
 @pytest.mark.parametrize("train_part", ["text_encoder", "denoiser"])
-def test_losses_are_the_equations(family, train_part):
+@pytest.mark.parametrize("direction", ["prompt", "name"])
+def test_losses_are_the_equations(family, train_part, direction):
     """With everything asked afresh of the stock modules, one kind of state at a time."""
-    config = replace(CONFIG, train=train_part, eta=0.7, retain_weight=0.4, attack_tokens=2)
+    config = replace(CONFIG, train=train_part, eta=0.7, retain_weight=0.4, attack_tokens=2, direction=direction)
     ours, pipe = objective(family, config), family.pipe
     model = shaken(ours.model)
     ours.prepare(3, [0, 1])
@@ -92,7 +98,9 @@ def test_losses_are_the_equations(family, train_part):
 
     empty, concept = original(states, ["", ""]), original(states, states.prompts)
     attacked = encode_attacked(pipe, encoder, states.prompts, ours.delta)
-    forget = F.mse_loss(unet(states.latents, states.timesteps, attacked).sample, empty - 0.7 * (concept - empty))
+    away = concept if direction == "prompt" else original(states, ["a sneaker"] * 2)
+    target = concept - 1.7 * (away - empty)
+    forget = F.mse_loss(unet(states.latents, states.timesteps, attacked).sample, target)
     said = unet(kept.latents, kept.timesteps, encode(pipe, encoder, kept.prompts)).sample
     assert ours.delta.abs().sum() > 0
     assert torch.allclose(losses["forget"], forget, rtol=1e-3)

@@ -25,7 +25,9 @@ SMALL = {
 
 def objective(family, config=CONFIG, trained=None):
     table = PromptTable(family, [*PROMPTS, "", "a shoe"])
-    walker = Walker(family, table, config, make_accelerator(TrainingConfig()), config.erase_from)
+    source = {p: config.erase_from or "a sneaker" for p in PROMPTS}
+    asked = source if config.erase_from or config.direction == "name" else None
+    walker = Walker(family, table, config, make_accelerator(TrainingConfig()), asked)
     bank = walker.walk(family.denoiser, PROMPTS * 2, [(0, 201, k) for k in range(4)], teach=True)
     if trained is not None:
         bank = TrainedTrajectories(walker, trained, bank)
@@ -66,6 +68,18 @@ def test_loss_with_a_source_prompt_is_the_second_equation(family):
     assert torch.allclose(loss, F.mse_loss(predict(student, family, states, ["a shoe"] * 4), target), rtol=1e-4)
 
 
+def test_away_from_the_name_leaves_the_rest_of_a_prompt(family):
+    ours, student = objective(family, replace(CONFIG, direction="name", eta=0.7)), other_model(family)
+    loss = ours.losses(student, 0, Shard(0, 1))["erase"]
+    states = ours.bank.at(*ours._pick(0, Shard(0, 1)), ())
+    assert "a red sneaker" in states.prompts
+    empty, prompt, name = (
+        predict(family.pipe.unet, family, states, p).detach() for p in ([""] * 4, states.prompts, ["a sneaker"] * 4)
+    )
+    target = prompt - 1.7 * (name - empty)
+    assert torch.allclose(loss, F.mse_loss(predict(student, family, states, states.prompts), target), rtol=1e-4)
+
+
 def test_new_eta_is_one_more_than_the_paper_s(family):
     paper = objective(family, replace(CONFIG, eta=1.0))
     new = objective(family, replace(CONFIG, eta=2.0, eta_convention="erase_from"))
@@ -79,7 +93,7 @@ def test_concept_erased_from_itself_is_the_first_equation(tiny_pipe):
     student, found = other_model(family), []
     for source in (None, "a sneaker"):
         config = replace(CONFIG, erase_from=source)
-        walker = Walker(family, table, config, make_accelerator(TrainingConfig()), source)
+        walker = Walker(family, table, config, make_accelerator(TrainingConfig()), source and {"a sneaker": source})
         bank = walker.walk(family.denoiser, ["a sneaker"], [(0, 1, 0)], teach=True)
         found.append(ESDObjective(family, bank, table, config, 0, 10).losses(student, 0, Shard(0, 1))["erase"])
     assert torch.allclose(*found, rtol=1e-4)
@@ -213,6 +227,8 @@ def test_seed_decides_the_result(tiny_pipe):
     ("settings", "message"),
     [
         ({"eta_convention": "new"}, "`eta_convention` must be 'paper' or 'erase_from', got 'new'"),
+        ({"direction": "up"}, "`direction` must be 'prompt' or 'name', got 'up'"),
+        ({"direction": "name", "erase_from": "a shoe"}, "leave out `erase_from`"),
         ({"trajectories": "none"}, "`trajectories` must be 'frozen' or 'trained', got 'none'"),
         ({"eta": "1"}, "`eta` must be a finite number, got '1'"),
         ({"trajectory_steps": 0}, r"`trajectory_steps` must lie in \[2, 1000\]"),

@@ -26,7 +26,11 @@ CONFIG = TrajectoryConfig(trajectory_steps=5, trajectory_batch_size=2)
 
 def walker_of(family, config=CONFIG, source=None):
     return Walker(
-        family, PromptTable(family, [*PROMPTS, "", "a shoe"]), config, make_accelerator(TrainingConfig()), source
+        family,
+        PromptTable(family, [*PROMPTS, "", "a shoe"]),
+        config,
+        make_accelerator(TrainingConfig()),
+        source and dict.fromkeys(PROMPTS, source),
     )
 
 

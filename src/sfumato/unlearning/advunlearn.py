@@ -13,8 +13,9 @@ found, as ESD does, and holds on to retained prompts r:
 
 with E_theta the text encoder, which is trained (``train="text_encoder"``), or the denoiser trained in its place
 (``train="denoiser"``). delta is the embeddings of k tokens (see `sfumato.unlearning.embedding_attack`), and gamma is
-``retain_weight``. With ``retention="iter"`` steps take turns: one erases, the next ``retain_steps`` retain, with
-weight 1. The first ``warmup_rounds`` rounds are without an attack.
+``retain_weight``. With ``direction="name"`` T leaves alone what else a prompt says, see
+`sfumato.unlearning.trajectories.erasing_target`. With ``retention="iter"`` steps take turns: one erases, the next
+``retain_steps`` retain, with weight 1. The first ``warmup_rounds`` rounds are without an attack.
 
 The states z_t come from the original model if the text encoder is trained, and with them all targets: both are walked
 once (`sfumato.unlearning.trajectories`), which changes no term of the objective. If the denoiser is trained, it walks,
@@ -53,6 +54,7 @@ from sfumato.unlearning.trajectories import (
     TrajectoryConfig,
     Walker,
     bank_facts,
+    erasing_target,
     find_trajectories,
     shuffled_states,
 )
@@ -190,9 +192,11 @@ class AdvUnlearnObjective:
 
     def _erasing(self, round_: int, positions: Sequence[int]) -> tuple[torch.Tensor, ...]:
         """Latents, times, targets, tokens and embeddings of a round's states of the concept, under the attack."""
-        states = self.forget.at(*self._forget_states(round_, positions), ("empty", "prompt"))
-        empty, prompt = states.noise["empty"], states.noise["prompt"]
-        target = empty - self.config.eta * (prompt - empty)
+        away = "prompt" if self.config.direction == "prompt" else "source"
+        states = self.forget.at(
+            *self._forget_states(round_, positions), list(dict.fromkeys(("empty", "prompt", away)))
+        )
+        target = erasing_target(states.noise, "prompt", away, self.config.eta)
         delta = self.delta[list(positions)] if round_ >= self.config.warmup_rounds else None
         return states.latents, states.timesteps, target, *self._embed(states.prompts, delta)
 
@@ -350,19 +354,23 @@ def run(task: Task, config: AdvUnlearnConfig) -> tuple[History, dict[str, Any]]:
     """Walk the trajectories, then attack and defend in turns; see `sfumato.unlearning.task`."""
     order = rng_for(task.seed, RETAIN_PROMPTS).permutation(len(task.concept.retain))
     kept = [task.concept.retain[order[k % len(order)]] for k in range(config.retain_trajectories)]
-    prompts = task.prompts(task.concept.prompts, kept, [""])
-    walker = Walker(task.family, prompts, config, task.accelerator)
+    names = config.names(task.concept)
+    prompts = task.prompts(task.concept.prompts, kept, [""], list((names or {}).values()))
+    walkers = [Walker(task.family, prompts, config, task.accelerator, source) for source in (names, None)]
     erased = task.concept.prompts * config.trajectories_per_prompt
     walked = [
-        find_trajectories(task, walker, erased, "forget-trajectories", FORGET_BANK),
-        find_trajectories(task, walker, kept, "retain-trajectories", RETAIN_BANK),
+        find_trajectories(task, walkers[0], erased, "forget-trajectories", FORGET_BANK),
+        find_trajectories(task, walkers[1], kept, "retain-trajectories", RETAIN_BANK),
     ]
     live = config.train == "denoiser"
-    forget, retain = (TrainedTrajectories(walker, task.model, bank) if live else bank for bank in walked)
+    forget, retain = (
+        TrainedTrajectories(walker, task.model, bank) if live else bank
+        for walker, bank in zip(walkers, walked, strict=True)
+    )
     with frozen(task.family.denoiser, task.family.parts["text_encoder"]):
         objective = AdvUnlearnObjective(task, config, forget, retain)
         passes, count = task.training.gradient_accumulation_steps, task.accelerator.num_processes
         shards = [Shard(number * count + task.accelerator.process_index, passes * count) for number in range(passes)]
         objective.prepare(0, [position for shard in shards for position in shard.of(config.batch_size)])
         history = task.train(objective, "advunlearn")
-    return history, {**bank_facts(walker, *walked), "attacks": int(objective.attacks)}
+    return history, {**bank_facts(*zip(walkers, walked, strict=True)), "attacks": int(objective.attacks)}

@@ -7,7 +7,7 @@ For states z_t on the way to a picture of the concept c, walked by the original 
     L = \|\epsilon_\theta(z_t, t, c) - T\|^2, \qquad
     T = \epsilon^*(z_t, t, \varnothing) - \eta\,[\epsilon^*(z_t, t, c) - \epsilon^*(z_t, t, \varnothing)] ,
 
-and, to erase c from another prompt f ("a red sneaker", or whatever should lose c),
+and, to erase c from another prompt f,
 
 .. math::
     L = \|\epsilon_\theta(z_t, t, f) - T\|^2, \qquad
@@ -15,8 +15,12 @@ and, to erase c from another prompt f ("a red sneaker", or whatever should lose 
 
 The second with f = c is the first, with ``eta_new = eta + 1``: the released code had eta = 1 first and has
 eta_new = 2 now, which is the same, and for SDXL eta_new = 1, which is eta = 0, the empty prompt's prediction.
-``eta_convention`` says which one `eta` means. The variants are choices of ``parameters``: ESD-x is ``"xattn"``, ESD-x
-strict ``"xattn-kv"``, ESD-u ``"noxattn"``; ``"full"``, ``"selfattn"`` and ``"notime"`` are the others.
+``eta_convention`` says which one `eta` means. With either, "a photo of a red sneaker" is guided away from photos and
+red things too; ``direction="name"`` takes the second equation for every prompt f of the concept, with the concept's
+bare name for c, so that what else the prompt says keeps its meaning.
+
+The variants are choices of ``parameters``: ESD-x is ``"xattn"``, ESD-x strict ``"xattn-kv"``, ESD-u ``"noxattn"``;
+``"full"``, ``"selfattn"`` and ``"notime"`` are the others.
 
 Gandikota, Materzynska, Fiotto-Kaufman, Bau, "Erasing Concepts from Diffusion Models", ICCV 2023, arXiv 2303.07345.
 Where this differs from the released code: trajectories are shared by all steps, not walked for each; every level of
@@ -45,6 +49,7 @@ from sfumato.unlearning.trajectories import (
     TrajectoryConfig,
     Walker,
     bank_facts,
+    erasing_target,
     find_trajectories,
     shuffled_states,
 )
@@ -82,11 +87,13 @@ class ESDConfig(TrajectoryConfig):
             raise ValueError(f"`eta_convention` must be 'paper' or 'erase_from', got {self.eta_convention!r}.")
         if self.trajectories not in ("frozen", "trained"):
             raise ValueError(f"`trajectories` must be 'frozen' or 'trained', got {self.trajectories!r}.")
+        if self.direction == "name" and self.erase_from is not None:
+            raise ValueError("`direction='name'` erases from the concept's own prompts: leave out `erase_from`.")
 
     @property
-    def new_eta(self) -> float:
-        """The weight in the second equation of the module."""
-        return self.eta + 1 if self.eta_convention == "paper" else self.eta
+    def paper_eta(self) -> float:
+        """The eta of the first equation of the module."""
+        return self.eta if self.eta_convention == "paper" else self.eta - 1
 
 
 class ESDObjective:
@@ -109,11 +116,12 @@ class ESDObjective:
 
     def losses(self, model: torch.nn.Module, step: int, shard: Shard) -> Mapping[str, torch.Tensor]:
         """Give the term ``erase``."""
-        base = "prompt" if self.config.erase_from is None else "source"
-        states = self.bank.at(*self._pick(step, shard), ["empty", "prompt", *(["source"] if base == "source" else [])])
-        noise = states.noise
-        target = noise[base] - self.config.new_eta * (noise["prompt"] - noise["empty"])
-        captions = [self.config.erase_from or prompt for prompt in states.prompts]
+        config = self.config
+        base = "prompt" if config.erase_from is None else "source"  # f
+        away = "prompt" if config.direction == "prompt" else "source"  # c
+        states = self.bank.at(*self._pick(step, shard), ["empty", *dict.fromkeys(("prompt", base, away))])
+        target = erasing_target(states.noise, base, away, config.paper_eta)
+        captions = [config.erase_from or prompt for prompt in states.prompts]
         student = self.family.predict_noise(model, states.latents, states.timesteps, self.prompts(captions))
         return {"erase": F.mse_loss(student, target)}
 
@@ -138,12 +146,14 @@ class ESDObjective:
 
 def run(task: Task, config: ESDConfig) -> tuple[History, dict[str, Any]]:
     """Walk the trajectories, then erase; see `sfumato.unlearning.task`."""
-    source = config.erase_from
-    prompts = task.prompts(task.concept.prompts, ["", *([source] if source is not None else [])])
+    concept, source = task.concept, config.names(task.concept)
+    if config.erase_from is not None:
+        source = dict.fromkeys(concept.prompts, config.erase_from)
+    prompts = task.prompts(concept.prompts, ["", *(source or {}).values()])
     walker = Walker(task.family, prompts, config, task.accelerator, source)
     walked = find_trajectories(
-        task, walker, task.concept.prompts * config.trajectories_per_prompt, "trajectories", BANK_STREAM
+        task, walker, concept.prompts * config.trajectories_per_prompt, "trajectories", BANK_STREAM
     )
     bank: Bank = walked if config.trajectories == "frozen" else TrainedTrajectories(walker, task.model, walked)
     objective = ESDObjective(task.family, bank, prompts, config, task.seed, task.training.steps)
-    return task.train(objective, "esd"), bank_facts(walker, walked)
+    return task.train(objective, "esd"), bank_facts((walker, walked))

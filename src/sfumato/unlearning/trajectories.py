@@ -22,7 +22,7 @@ N trajectories of L levels take 12 bytes times N x L x the size of a latent: 9.8
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -31,6 +31,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from sfumato import storage
+from sfumato.concepts import Concept
 from sfumato.families import Conditioning, StableDiffusion
 from sfumato.randomness import generator_for, permuted_indices, randn_for
 from sfumato.unlearning.examples import PromptTable
@@ -44,6 +45,7 @@ __all__ = [
     "TrajectoryConfig",
     "Walker",
     "bank_facts",
+    "erasing_target",
     "find_trajectories",
     "shuffled_states",
 ]
@@ -63,6 +65,8 @@ class TrajectoryConfig(TrainedConfig):
         refresh_every: Where the model being trained walks the trajectories: steps between two walks. 1 is exact, more
             is cheaper and uses states that are up to so many steps old.
         legacy_level_mismatch: Pair states with the times that the released code pairs them with.
+        direction: Guide away from ``"prompt"``, each of the concept's prompts as a whole, or from ``"name"``, the
+            concept's bare name, so that what else a prompt says keeps its meaning; see `erasing_target`.
     """
 
     trajectories_per_prompt: int = 4
@@ -71,6 +75,7 @@ class TrajectoryConfig(TrainedConfig):
     trajectory_batch_size: int = 8
     refresh_every: int = 1
     legacy_level_mismatch: bool = False
+    direction: str = field(default="prompt", metadata={"choices": ["prompt", "name"]})
 
     def __post_init__(self) -> None:
         """Check the types and ranges."""
@@ -80,6 +85,12 @@ class TrajectoryConfig(TrainedConfig):
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if not 2 <= self.trajectory_steps <= 1000:
             raise ValueError(f"`trajectory_steps` must lie in [2, 1000], got {self.trajectory_steps}.")
+        if self.direction not in ("prompt", "name"):
+            raise ValueError(f"`direction` must be 'prompt' or 'name', got {self.direction!r}.")
+
+    def names(self, concept: Concept) -> dict[str, str] | None:
+        """Give the `Walker.source` that `direction` needs."""
+        return dict(zip(concept.prompts, concept.names, strict=True)) if self.direction == "name" else None
 
 
 class States(NamedTuple):
@@ -90,13 +101,30 @@ class States(NamedTuple):
         timesteps: Their times ``(B,)``.
         prompts: What each trajectory shows.
         noise: What the original model says of them, ``(B, C, H, W)`` each, float32: the noise under ``"empty"``, the
-            empty prompt, under ``"prompt"``, their own, and under ``"source"``, the walker's `source`.
+            empty prompt, under ``"prompt"``, their own, and under ``"source"``, the walker's `source` for it.
     """
 
     latents: torch.Tensor
     timesteps: torch.Tensor
     prompts: list[str]
     noise: Mapping[str, torch.Tensor]
+
+
+def erasing_target(noise: Mapping[str, torch.Tensor], erased: str, away: str, eta: float) -> torch.Tensor:
+    r"""Give what a state should be seen as once a concept c is erased from a prompt f.
+
+    .. math::
+        T = \epsilon^*(z_t, t, f) - (1 + \eta)\,[\epsilon^*(z_t, t, c) - \epsilon^*(z_t, t, \varnothing)] ;
+
+    with f = c it is :math:`\epsilon^*(\varnothing) - \eta\,[\epsilon^*(c) - \epsilon^*(\varnothing)]`, as in ESD.
+
+    Args:
+        noise: As in `States`, with ``"empty"``.
+        erased: Which of it is said under f.
+        away: Which of it is said under c.
+        eta: How far to guide away.
+    """
+    return noise[erased] - (1 + eta) * (noise[away] - noise["empty"])
 
 
 class Bank(Protocol):
@@ -168,14 +196,14 @@ class Walker:
         table: Embeddings of all prompts.
         config: How to walk.
         accelerator: The process group.
-        source: A third prompt to ask the original model about at every state; None asks about none.
+        source: Prompt to a third prompt to ask the original model about at its states; None asks about none.
     """
 
     family: StableDiffusion
     table: PromptTable
     config: TrajectoryConfig
     accelerator: Accelerator
-    source: str | None = None
+    source: Mapping[str, str] | None = None
 
     @property
     def grid(self) -> torch.Tensor:
@@ -248,7 +276,7 @@ class Walker:
         """Walk one batch: latents, and predictions if wanted, ``(B, L, C, H, W)`` each."""
         asked = {"empty": [""] * len(prompts), "prompt": list(prompts)}
         if teach and self.source is not None:
-            asked["source"] = [self.source] * len(prompts)
+            asked["source"] = [self.source[prompt] for prompt in prompts]
         noise = randn_for([(*key, 0) for key in keys], self.family.latent_shape).to(self.family.device)
         grid, levels = self.grid, self.config.trajectory_steps
         if not self.config.legacy_level_mismatch:
@@ -318,8 +346,10 @@ class TrainedTrajectories:
     def at(self, rows: np.ndarray, levels: np.ndarray, wanted: Sequence[str]) -> States:
         """Give states with predictions, for which the original model is asked now; see `Bank`."""
         states = self._walked.at(rows, levels, ())
+        source = self._walker.source or {}
         asked = {
-            "empty": [""] * len(rows), "prompt": states.prompts, "source": [self._walker.source or ""] * len(rows),
+            "empty": [""] * len(rows), "prompt": states.prompts,
+            "source": [source.get(prompt, "") for prompt in states.prompts],
         }  # fmt: skip
         said = {name: self._walker.teach(states.latents, states.timesteps, asked[name]) for name in wanted}
         return states._replace(noise=said)
@@ -356,7 +386,7 @@ def find_trajectories(task: Task, walker: Walker, prompts: Sequence[str], name: 
     settings = asdict(walker.config)
     key = {
         "base": {part: storage.fingerprint(module.named_parameters()) for part, module in task.family.parts.items()},
-        "prompts": list(prompts), "source": walker.source, "seed": task.seed, "stream": stream,
+        "prompts": list(prompts), "source": dict(walker.source or {}), "seed": task.seed, "stream": stream,
         "prediction_type": task.family.prediction_type, "grid": walker.grid.tolist(),
         **{f.name: settings[f.name] for f in fields(TrajectoryConfig) if f.name.startswith(("trajectory", "legacy"))},
     } if path is not None else {}  # fmt: skip
@@ -376,11 +406,10 @@ def find_trajectories(task: Task, walker: Walker, prompts: Sequence[str], name: 
     return walked
 
 
-def bank_facts(walker: Walker, *banks: Trajectories) -> dict[str, Any]:
+def bank_facts(*banks: tuple[Walker, Trajectories]) -> dict[str, Any]:
     """Say in a manifest how many trajectories were walked, and what they cost."""
-    count = sum(len(bank.prompts) for bank in banks)
     return {
-        "trajectory_count": count,
-        "trajectory_evaluations": count * walker.evaluations,
-        "trajectories_mb": round(sum(bank.megabytes for bank in banks), 1),
+        "trajectory_count": sum(len(bank.prompts) for _, bank in banks),
+        "trajectory_evaluations": sum(len(bank.prompts) * walker.evaluations for walker, bank in banks),
+        "trajectories_mb": round(sum(bank.megabytes for _, bank in banks), 1),
     }
