@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.utils import logging
 from torch import Tensor
 
 from .levels import Level
@@ -29,8 +30,11 @@ from .noise_schedule import state_dtype
 from .reversible import Latent, LatentPair, ReversibleMixin, ReversibleSchedulerOutput
 
 GRID = 2.0**-40
+_VISIBLE = 1e-6  # a relative error of a round trip that is worth a warning
 _LIMIT = 2.0**61  # of a state and of an increment, in spacings: their sum still fits into int64
 _NARROWEST = 2.0**-16  # scales below this would leave a range of less than 64
+
+logger = logging.get_logger(__name__)
 
 
 class Move(NamedTuple):
@@ -63,6 +67,7 @@ class Call:
 class CoupledMixin(ReversibleMixin, ABC):
     """A reversible scheduler of two coupled latents; subclasses give the calls of a run."""
 
+    condition_number: float
     _latents: list[Latent]  # of the run, ours alone: they are moved in place
     _run: list[Call]
 
@@ -129,6 +134,15 @@ class CoupledMixin(ReversibleMixin, ABC):
         previous = self._leave(self._latents[shown], sample)
         return (previous,) if prediction is None else ReversibleSchedulerOutput(previous, prediction)
 
+    def _warn_if_lost(self) -> None:
+        """Say so if a round trip amplifies float64's rounding to what can be seen."""
+        error = self.condition_number * torch.finfo(torch.float64).eps
+        if self.config.inverse and not self.config.get("exact") and error > _VISIBLE:
+            logger.warning(
+                f"This inversion amplifies rounding {self.condition_number:.0e} times: the round trip will be off by"
+                f" about {error:.0e}. Take fewer steps, or gamma or mixing_coeff nearer to 1."
+            )
+
     @abstractmethod
     def _begin_run(self, sample: Tensor) -> Latent | None:
         """Set the latents that a run starts from; gives the second one if a pair was set."""
@@ -179,6 +193,7 @@ class TwoStepMixin(CoupledMixin):
         if self.config.inverse and 0 in gains:
             raise ValueError("A gain of 0 is DDIM, which has no exact inverse: take gamma > 0.")
         self.condition_number = _largest_product(gains[::-1])
+        self._warn_if_lost()
         self._gains = self._in_order(gains)
         self._scales = [1.0] * len(levels)
         if self.config.exact:

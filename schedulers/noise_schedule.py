@@ -6,6 +6,7 @@ from the Hub carries along. Tables are float64. Notation: A = `alphas_cumprod`, 
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from inspect import signature
 from numbers import Integral
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -86,6 +88,32 @@ def _foreign(name: str) -> ValueError:
     )
 
 
+def settings_for(cls: type, config: Any) -> Any:
+    """Give a config as it is, or, if it is that of another scheduler of ours, what stock schedulers have of it.
+
+    Two of ours may use one name for two things (`solver`, `released`), and what is not meant for a class must not
+    linger in its config either.
+    """
+    known = signature(cls).parameters
+    if not isinstance(config, Mapping) or not any(key in config and key not in known for key in _OURS):
+        return config
+    return stock_settings(config)
+
+
+def stock_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what stock schedulers have of a config: the noise schedule and its grid of times."""
+    return {key: value for key, value in config.items() if key.startswith("_") or key in _shared_settings()}
+
+
+_OURS = ("gamma", "mixing_coeff", "num_iterations", "window", "original_inference_steps", "exact", "eta", "released")
+
+
+@cache
+def _shared_settings() -> frozenset[str]:
+    names = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"]
+    return frozenset({"process"}.union(*(signature(getattr(diffusers, name)).parameters for name in names)))
+
+
 def require_betas(cls: type, config: Any) -> None:
     """Raise a ValueError if a config is that of a flow-matching or EDM scheduler, whose model has no betas."""
     if isinstance(config, Mapping) and process_of(config) != "vp":
@@ -101,6 +129,10 @@ def noise_schedule(config: Any) -> tuple[Tensor, Tensor]:
     count = config.num_train_timesteps
     if config.trained_betas is not None:
         betas = np.array(config.trained_betas, dtype=np.float64)
+        if betas.shape != (count,):
+            raise ValueError(
+                f"`trained_betas` must hold `num_train_timesteps` = {count} numbers, got shape {betas.shape}."
+            )
     elif config.beta_schedule == "linear":
         betas = np.linspace(config.beta_start, config.beta_end, count)
     elif config.beta_schedule == "scaled_linear":
@@ -133,13 +165,20 @@ def spaced_times(config: Any, steps: int) -> list[int]:
 
 def checked_times(times: Sequence[float], count: int) -> list[int]:
     """Give the times of a run as integers; a ValueError says what is wrong with them (`count`: training steps)."""
+    if any(isinstance(time, list) for time in times):
+        raise ValueError("The times of a run must be a flat list or a tensor of shape (steps,).")
     if not times or any(time % 1 for time in times) or any(a <= b for a, b in zip(times, times[1:], strict=False)):
-        raise ValueError(f"The times of a run must be whole, fall strictly and be at least one, got {list(times)}.")
+        raise ValueError(f"The times of a run must be whole, fall strictly and be at least one, got {_short(times)}.")
     if times[0] >= count or times[-1] < 0:
         raise ValueError(
-            f"Times must lie in [0, {count - 1}], got {list(times)}: take fewer steps or another `steps_offset`."
+            f"Times must lie in [0, {count - 1}], got {_short(times)}: take fewer steps or another `steps_offset`."
         )
     return [int(time) for time in times]
+
+
+def _short(times: Sequence[float]) -> str:
+    """Print at most six times."""
+    return str([*times]) if len(times) <= 6 else f"[{', '.join(map(str, (*times[:3], '...', *times[-2:])))}]"
 
 
 def split_prediction(kind: str, output: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:

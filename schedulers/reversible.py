@@ -24,6 +24,7 @@ from .noise_schedule import (
     noise_schedule,
     process_of,
     require_output_like,
+    settings_for,
     state_dtype,
 )
 
@@ -110,6 +111,7 @@ class ReversibleMixin:
 
         Raises a ValueError if it is none of these.
         """
+        config = settings_for(cls, config)
         if isinstance(config, dict) and "process" not in config and (process := process_of(config)) != "vp":
             kwargs = {"process": process, **kwargs}
             if "flow_shift" in config and kwargs["process"] == "flow":  # DPM-Solver and UniPC call it that
@@ -269,7 +271,7 @@ class ReversibleMixin:
         """Position of a step, and whether a run begins with it."""
         if self.num_inference_steps is None:
             raise ValueError("Call `set_timesteps` before `step`: the times of the run are not known yet.")
-        if eta > 0:
+        if eta != 0:
             raise ValueError(f"{type(self).__name__} is deterministic, else it could not be undone: eta must be 0.")
         require_output_like(model_output, sample)
         position = self._position_of(timestep)

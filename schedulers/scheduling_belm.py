@@ -127,10 +127,11 @@ class BELMScheduler(TwoStepMixin, SchedulerMixin, ConfigMixin):
     def _plan(self) -> None:
         super()._plan()
         if self.config.inverse and self.condition_number > _ILL_CONDITIONED:
+            trailing = "Better take timestep_spacing='trailing'."
+            advice = trailing if self.config.process == "vp" else "More steps or a greater `shift` amplify less."
             logger.warning(
                 f"This inversion may amplify errors {self.condition_number:.0f} times (condition number): the round"
-                " trip is exact, but the noise it finds may lie far from the true one. Better take"
-                " timestep_spacing='trailing'."
+                f" trip is exact, but the noise it finds may lie far from the true one. {advice}"
             )
 
 

@@ -39,6 +39,7 @@ from .noise_schedule import (
     noise_schedule,
     require_betas,
     require_output_like,
+    settings_for,
     spaced_times,
     split_prediction,
     state_dtype,
@@ -131,6 +132,7 @@ class DDCMScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As in [`ConfigMixin`], but raises a ValueError for a flow-matching config, whose model has no betas."""
+        config = settings_for(cls, config)
         require_betas(cls, config)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 

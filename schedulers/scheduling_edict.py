@@ -141,6 +141,7 @@ class EDICTScheduler(CoupledMixin, SchedulerMixin, ConfigMixin):
             ratio = signal / now.signal
             self._steps.append((ratio, noise - ratio * now.noise))
         self.condition_number = self.config.mixing_coeff ** (-2 * len(self._steps))
+        self._warn_if_lost()
 
     def _released_target(self, now: Level) -> tuple[float, float]:
         """Signal and noise at the time T / N below `now`, by the program's interpolation, which swaps the weights."""

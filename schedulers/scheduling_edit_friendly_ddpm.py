@@ -39,6 +39,7 @@ from .noise_schedule import (
     require_betas,
     require_fraction,
     require_output_like,
+    settings_for,
     state_dtype,
 )
 
@@ -148,6 +149,7 @@ class EditFriendlyDDPMScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As in [`ConfigMixin`], but raises a ValueError for a flow-matching or EDM config: no betas, no DDPM."""
+        config = settings_for(cls, config)
         require_betas(cls, config)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 

@@ -78,6 +78,15 @@ def test_each_pass_calls_the_network_once_a_call_and_keeps_no_graph(scheduler_cl
     assert saved[0] == saved[1]
 
 
+def test_runs_whose_way_back_is_lost_are_warned_about(caplog):
+    for gamma, steps, warned in ((0.5, 50, True), (0.5, 20, False), (1.0, 50, False)):
+        caplog.clear()
+        scheduler = BDIAScheduler(gamma=gamma)
+        scheduler.set_timesteps(steps)
+        sample_with_gradients(scheduler, lambda x, t: 0.1 * x, start()[0])
+        assert any("gradients may be off" in r.getMessage() for r in caplog.records) == warned
+
+
 def test_inputs_that_need_no_gradient_get_none():
     scheduler = BDIAScheduler()
     scheduler.set_timesteps(4)

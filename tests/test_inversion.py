@@ -123,6 +123,9 @@ def test_statistics_of_noise_tell_it_from_something_else():
     [
         ({"scheduler": "nonsense"}, "Unknown scheduler 'nonsense'"),
         ({"scheduler": DDIMScheduler()}, "DDIMScheduler can't be inverted"),
+        ({"scheduler": BDIAScheduler}, "BDIAScheduler is a class"),
+        ({"prompt": None}, "`prompt` must be a text or a list of texts"),
+        ({"height": 32}, "`height` is not for the caller to give"),
         ({"strength": 0.0}, "strength"),
         ({"strength": 1.5}, "strength"),
         ({"num_inference_steps": 4, "strength": 0.25}, "at least 2 steps"),
@@ -144,6 +147,76 @@ def test_impossible_inversions_are_refused_before_any_network_call(atelier, argu
             invert(atelier, call.pop("image"), call.pop("prompt"), **call)
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_pictures_of_any_mode_and_size_are_taken(atelier, real, mode):
+    picture = real[0][0].convert(mode).resize((45, 37))
+    found = invert(atelier, picture, "", num_inference_steps=3)
+    assert found.images.shape == (1, 3, 32, 40)
+    assert found.sample(atelier).shape == (1, 3, 32, 40)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [([], "no picture"), (None, "no picture"), (Image.new("RGB", (7, 32)), "at least 8 x 8"),
+     ([Image.new("RGB", (32, 32)), Image.new("RGB", (40, 32))], "must have one size")],
+)  # fmt: skip
+def test_what_is_no_picture_is_said_so(atelier, image, message):
+    with pytest.raises(ValueError, match=message):
+        invert(atelier, image)
+
+
+def test_a_negative_prompt_stands_for_all_pictures_and_is_kept(atelier, real, tmp_path):
+    pictures, texts = real
+    runs = [
+        invert(
+            atelier, pictures[:2], texts[:2], num_inference_steps=3, guidance_scale=3.0, negative_prompt=negative
+        ) for negative in ("a bag", ["a bag", "a bag"])
+    ]  # fmt: skip
+    assert torch.equal(runs[0].latents, runs[1].latents)
+    again = Inversion.load(runs[0].save(tmp_path / "it.safetensors"))
+    assert again.pipeline_arguments == {"negative_prompt": "a bag"}
+    assert relative(again.sample_latents(atelier), again.clean_latents) < 1e-6
+
+
+def test_a_new_prompt_replaces_embeddings_that_were_inverted_with(atelier, real, tmp_path):
+    picture, green = real[0][0], "a photo of a green sandal"
+    embeddings = atelier.encode_prompt("a photo of a red sandal", "cpu", 1, False)[0]
+    found = invert(atelier, picture, num_inference_steps=4, prompt_embeds=embeddings)
+    loaded = Inversion.load(found.save(tmp_path / "it.safetensors"))
+    assert torch.equal(loaded.pipeline_arguments["prompt_embeds"], embeddings)
+    assert torch.equal(loaded.sample(atelier), found.sample(atelier))
+    by_prompt = invert(atelier, picture, "a photo of a red sandal", num_inference_steps=4)
+    assert torch.equal(found.sample(atelier, green), by_prompt.sample(atelier, green))
+    assert not torch.equal(found.sample(atelier, green), found.sample(atelier))
+
+
+def test_named_schedulers_take_the_noise_schedule_of_the_pipeline_and_nothing_else(real):
+    pipe = sfumato.load("atelier")
+    pipe.set_progress_bar_config(disable=True)
+    expected = invert(pipe, real[0][0], num_inference_steps=3)
+    for other in (
+        sfumato.TimeShiftScheduler.from_config(pipe.scheduler.config, solver="f_pndm"),
+        BDIAScheduler.from_config(pipe.scheduler.config, gamma=0.5),
+        sfumato.EDICTScheduler.from_config(pipe.scheduler.config, released=True),
+    ):
+        pipe.scheduler = other
+        found = invert(pipe, real[0][0], num_inference_steps=3)
+        assert torch.equal(found.latents, expected.latents) and found.scheduler_config["gamma"] == 1.0
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_is_widened_meanwhile(tiny):
+    pipe = tiny("sdxl", BDIAScheduler)
+    call = pipe.cast(torch.float16)
+    with torch.no_grad():
+        pipe.pipe.vae.encoder.conv_in.weight.mul_(2e5)
+    picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert not torch.isfinite(pipe.pipe.vae.encode(2 * picture.half() - 1).latent_dist.mean).all()
+    found = invert(pipe.pipe, picture, num_inference_steps=3, guidance_scale=3.0, **call)
+    assert torch.isfinite(found.latents).all() and pipe.pipe.vae.dtype == torch.float16
+    assert torch.isfinite(found.sample(pipe.pipe)).all()
 
 
 def test_unsupported_pipelines_are_named():

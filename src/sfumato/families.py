@@ -7,9 +7,12 @@ drawn. Everything else in the library asks a family and never looks into a pipel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import PIL.Image
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
@@ -42,14 +45,28 @@ class LatentSpace:
         """Give pictures ``(B, 3, H, W)`` in [0, 1], float32, of a size that the autoencoder can take.
 
         Args:
-            image: A PIL picture, a list of them of one size, or a tensor ``(B, 3, H, W)`` in [0, 1].
+            image: A PIL picture, a list of them of one size, or a tensor ``(B, 3, H, W)`` in [0, 1]. Sides that are
+                no multiple of 8, which pipelines ask for, are scaled down to one.
         """
         if isinstance(image, torch.Tensor) and (image.ndim != 4 or image.min() < 0 or image.max() > 1):
             raise ValueError(
                 f"Pictures must be PIL, or a tensor (B, 3, H, W) in [0, 1]; got shape {tuple(image.shape)}, values in "
                 f"[{image.min():.3g}, {image.max():.3g}]."
             )
-        images = self.pipe.image_processor.preprocess(image).float()  # (B, 3, H, W) in [-1, 1]
+        if isinstance(image, PIL.Image.Image):
+            image = [image]
+        if not isinstance(image, torch.Tensor):
+            if not image or not all(isinstance(one, PIL.Image.Image) for one in image):
+                raise ValueError("There is no picture: give one of PIL, a list of them, or a tensor (B, 3, H, W).")
+            if len({one.size for one in image}) > 1:
+                raise ValueError(f"Pictures must have one size, got {sorted({one.size for one in image})}.")
+            image = [one.convert("RGB") for one in image]
+        height, width = image.shape[-2:] if isinstance(image, torch.Tensor) else image[0].size[::-1]
+        unit = math.lcm(8, self.pipe.image_processor.config.vae_scale_factor)  # pipelines ask for multiples of 8
+        size = {"height": height // unit * unit, "width": width // unit * unit}
+        if 0 in size.values():
+            raise ValueError(f"Pictures must be at least {unit} x {unit} pixels, got {height} x {width}.")
+        images = self.pipe.image_processor.preprocess(image, **size).float()  # (B, 3, H, W) in [-1, 1]
         if not torch.isfinite(images).all():
             raise ValueError("A picture holds values that are not finite (NaN or infinity).")
         return (images / 2 + 0.5).clamp(0, 1)
@@ -57,10 +74,10 @@ class LatentSpace:
     @torch.no_grad()
     def posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode pictures ``(B, 3, H, W)`` in [0, 1]; returns the posterior's mean and std, ``(B, C, h, w)``."""
-        parameter = next(self.vae.parameters())
-        distribution = self.vae.encode((2 * images - 1).to(parameter)).latent_dist
-        mean, scale = self._statistics(parameter)
-        return (distribution.mean - mean) * scale, distribution.std * scale
+        with self._wide_vae() as parameter:
+            distribution = self.vae.encode((2 * images - 1).to(parameter)).latent_dist
+            mean, scale = self._statistics(parameter)
+            return (distribution.mean - mean) * scale, distribution.std * scale
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Encode pictures ``(B, 3, H, W)`` in [0, 1] into the pipeline's layout, in the dtype of its denoiser."""
@@ -77,10 +94,23 @@ class LatentSpace:
         Returns:
             Pictures ``(B, 3, H, W)`` in [0, 1], float32.
         """
-        parameter = next(self.vae.parameters())
-        mean, scale = self._statistics(parameter)
-        images = self.vae.decode(latents.to(parameter) / scale + mean).sample
+        with self._wide_vae() as parameter:
+            mean, scale = self._statistics(parameter)
+            images = self.vae.decode(latents.to(parameter) / scale + mean).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    @contextmanager
+    def _wide_vae(self) -> Iterator[torch.Tensor]:
+        """Give a parameter of the autoencoder, made float32 meanwhile if its config says that float16 overflows."""
+        dtype = self.vae.dtype
+        upcast = dtype == torch.float16 and self.vae.config.get("force_upcast", False)
+        try:
+            if upcast:
+                self.vae.to(dtype=torch.float32)
+            yield next(self.vae.parameters())
+        finally:
+            if upcast:
+                self.vae.to(dtype=dtype)
 
     def _statistics(self, like: torch.Tensor) -> tuple[Any, Any]:
         """Mean and scale of the autoencoder's own latents, which make model units of them."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from torch import Tensor
 
 from sfumato.families import family_of
@@ -21,6 +22,9 @@ from sfumato.schedulers.noise_schedule import state_dtype
 __all__ = ["guided_predictor", "sample_with_gradients"]
 
 Predictor = Callable[..., Tensor]
+
+logger = logging.get_logger(__name__)
+_TOLERATED = 1e-4
 
 
 def sample_with_gradients(
@@ -41,7 +45,8 @@ def sample_with_gradients(
         The last latents, shape and dtype of `latents`. Gradients flow to `latents`, `inputs` and `parameters`.
 
     Raises:
-        ValueError: If the scheduler can't be walked back, or has no times yet.
+        ValueError: If the scheduler can't be walked back, or has no times yet. Where walking back amplifies rounding
+            beyond 1e-4, a warning is logged: BDIA with gamma < 1 and EDICT, in long runs.
     """
     if not hasattr(scheduler, "calls"):
         raise ValueError(f"{type(scheduler).__name__} can't be walked back; use BDIA, BELM or EDICT.")
@@ -50,6 +55,12 @@ def sample_with_gradients(
     run = scheduler.calls()
     if any(call.keep == 0 for call in run[1:]):
         raise ValueError("gamma=0 is DDIM, which can't be walked back: take gamma > 0.")
+    error = scheduler.condition_number * torch.finfo(state_dtype(latents.device)).eps
+    if error > _TOLERATED:
+        logger.warning(
+            f"Walking this run back amplifies rounding {scheduler.condition_number:.0e} times, so its gradients may be"
+            f" off by {error:.0e} of their size: take fewer steps, or gamma or mixing_coeff nearer to 1."
+        )
     return _Run.apply(scheduler, run, predict, len(inputs), latents, *inputs, *parameters)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from diffusers import DiffusionPipeline
 from sfumato import storage
 from sfumato.evaluation.metrics import psnr
 from sfumato.families import LatentSpace, latent_space_of
+from sfumato.schedulers.noise_schedule import stock_settings
 from sfumato.schedulers.reversible import Latent, LatentPair
 
 __all__ = [
@@ -143,7 +143,11 @@ class Inversion:
         """Draw latents from the noise found; arguments as for `sample`."""
         prompts = self.prompt if prompt is None else _one_each(prompt, len(self.images), "prompt")
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        return _run(pipe, self.scheduler(), self.latents, prompts, scale, self, pipeline_arguments)
+        arguments = {**self.pipeline_arguments, **pipeline_arguments}
+        if prompt is not None:  # the other forms of the inversion's prompt say another thing
+            stale = [name for name in _PROMPT_TOO if name not in pipeline_arguments]
+            arguments = {name: value for name, value in arguments.items() if name not in stale}
+        return _run(pipe, self.scheduler(), self.latents, prompts, scale, self, arguments)
 
     def sample(
         self,
@@ -175,7 +179,11 @@ class Inversion:
         tensors = {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
         for member, latent in zip(("first", "second"), (self.pair or ())[:2], strict=False):
             tensors |= {f"{member}.{name}": part for name, part in latent._asdict().items() if part is not None}
+        arguments = self.pipeline_arguments
+        tensors |= {f"argument.{name}": value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+        plain = {name: value for name, value in arguments.items() if not isinstance(value, torch.Tensor)}
         settings = {name: getattr(self, name) for name in _SETTINGS} | {
+            "pipeline_arguments": plain,
             "scheduler_class": self.scheduler_class.__name__, "noise": asdict(self.noise),
             "pair_steps": self.pair.steps if self.pair else None,
         }  # fmt: skip
@@ -198,6 +206,8 @@ class Inversion:
         pair = LatentPair(first, second, settings["pair_steps"]) if first and second else None
         fields: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS}
         fields |= {name: settings[name] for name in _SETTINGS}
+        given = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith("argument.")}
+        fields["pipeline_arguments"] = {**fields["pipeline_arguments"], **given}
         return cls(
             **fields, scheduler_class=getattr(import_module(home[name]), name),
             noise=NoiseStatistics(**settings["noise"]), pair=pair,
@@ -211,6 +221,8 @@ def _latent(tensors: Mapping[str, torch.Tensor], member: str) -> Latent | None:
     return Latent(tensors[f"{member}.value"], tensors.get(f"{member}.whole"), tensors.get(f"{member}.fraction"))
 
 
+_PROMPT_TOO = ("prompt_2", "prompt_3", "prompt_embeds", "pooled_prompt_embeds")
+_OWN_ARGUMENTS = ("height", "width", "output_type", "return_dict", "num_images_per_prompt", "sigmas", "timesteps")
 _TENSORS = ("latents", "clean_latents", "images", "noises")
 _SETTINGS = (
     "scheduler_config",
@@ -282,6 +294,9 @@ def invert(
         ValueError: For an unsupported pipeline or scheduler, or a strength that leaves fewer than two steps.
     """
     space = latent_space_of(pipe)
+    refused = [name for name in _OWN_ARGUMENTS if name in pipeline_arguments]
+    if refused:
+        raise ValueError(f"`{refused[0]}` is not for the caller to give: an inversion takes it from the pictures.")
     sampler = _sampler(pipe, scheduler, num_inference_steps, strength)
     images = space.preprocess(image)
     prompts = _one_each(prompt, len(images), "prompt")
@@ -297,7 +312,7 @@ def invert(
         guidance_scale=guidance_scale, condition_number=None, noise=noise_statistics(clean),
         pipeline_arguments=pipeline_arguments,
     )  # fmt: skip
-    output = _run(pipe, walker, start, prompts, guidance_scale, found)
+    output = _run(pipe, walker, start, prompts, guidance_scale, found, pipeline_arguments)
     found.pair, found.noises = getattr(walker, "pair", None), getattr(walker, "noises", None)
     if found.noises is not None:
         found.latents = walker.initial.to(clean.dtype)
@@ -389,7 +404,7 @@ def make_sampler(pipe: DiffusionPipeline, name: str, **options: Any) -> Any:
     if unknown:
         raise ValueError(f"{class_name} has no setting {unknown[0]!r}.")
     reversible = {key: False for key in ("clip_sample", "thresholding") if key in known}
-    return made.from_config(pipe.scheduler.config, **{**reversible, **settings, **options})
+    return made.from_config(stock_settings(pipe.scheduler.config), **{**reversible, **settings, **options})
 
 
 def _sampler(pipe: DiffusionPipeline, scheduler: Any, steps: int, strength: float) -> Any:
@@ -398,6 +413,8 @@ def _sampler(pipe: DiffusionPipeline, scheduler: Any, steps: int, strength: floa
         raise ValueError(f"`strength` must lie in (0, 1], got {strength}.")
     if isinstance(scheduler, str):
         scheduler = make_sampler(pipe, scheduler)
+    if isinstance(scheduler, type):
+        raise ValueError(f"{scheduler.__name__} is a class: give a scheduler made of it, or a name.")
     if "inverse" not in getattr(scheduler, "config", {}):
         raise ValueError(
             f"{type(scheduler).__name__} can't be inverted; give one of {', '.join(SCHEDULERS)}, or such a scheduler."
@@ -409,6 +426,11 @@ def _sampler(pipe: DiffusionPipeline, scheduler: Any, steps: int, strength: floa
 
 
 def _one_each(prompt: str | Sequence[str], count: int, name: str) -> list[str]:
+    """Give a text for each of so many pictures; ValueError if that is not what was given."""
+    if not isinstance(prompt, str) and not (
+        isinstance(prompt, Sequence) and all(isinstance(text, str) for text in prompt)
+    ):
+        raise ValueError(f"`{name}` must be a text or a list of texts, got {prompt!r}.")
     prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
     if len(prompts) != count:
         raise ValueError(f"`{name}` must be one for all {count} pictures or one each, got {len(prompts)}.")
@@ -422,12 +444,15 @@ def _run(
     prompts: list[str],
     guidance_scale: float,
     found: Inversion,
-    changed: Mapping[str, Any] = MappingProxyType({}),
+    arguments: Mapping[str, Any],
 ) -> torch.Tensor:
     """Run a pipeline's own loop from given latents with another scheduler, and give the latents it ends with."""
     space: LatentSpace = latent_space_of(pipe)
     height, width = found.images.shape[-2:]
-    arguments = {**found.pipeline_arguments, **changed}
+    arguments = {
+        name: _one_each(value, len(prompts), name) if isinstance(value, str) and "prompt" in name else value
+        for name, value in arguments.items()
+    }
     if "prompt_embeds" not in arguments:
         arguments["prompt"] = prompts
     usual = pipe.scheduler

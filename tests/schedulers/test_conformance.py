@@ -257,6 +257,27 @@ def test_a_setting_that_changes_the_process_is_refused(name, stock, settings):
         CASES[name].cls.from_config(config)
 
 
+@pytest.mark.parametrize("loaded", [False, True], ids=["built", "loaded"])
+@pytest.mark.parametrize("other", CASES)
+@pytest.mark.parametrize("name", CASES)
+def test_settings_of_another_of_ours_are_not_taken_for_its_own(name, other, loaded, tmp_path):
+    cls = CASES[other].cls
+    extra = {"solver": "s_pndm", "released": True, "mode": "pnm"} if cls is TimeShiftScheduler else {}
+    extra = {"released": True} if cls in (BELMScheduler, EDICTScheduler) else extra
+    given = make(other, **{"beta_end": 0.013, **CASES[other].config, **extra, "prediction_type": "v_prediction"})
+    config = given.config
+    if loaded:
+        given.save_pretrained(tmp_path)
+        config = cls.load_config(tmp_path)
+    taken = CASES[name].cls.from_config(config)
+    assert taken.config.beta_end == 0.013 and taken.config.prediction_type == "v_prediction"
+    if CASES[name].cls is cls:
+        assert visible(taken) == visible(given)
+    else:
+        assert not taken.config.get("released") and taken.config.get("solver") in (None, "ddim", "euler")
+    taken.set_timesteps(6)
+
+
 @pytest.mark.parametrize("loaded", [False, True], ids=["from_config", "from_pretrained"])
 @pytest.mark.parametrize(("name", "process"), RUNS)
 def test_a_copy_by_config_or_by_folder_is_the_same_scheduler(name, process, loaded, tmp_path):
@@ -375,6 +396,7 @@ def test_times_live_on_the_device_that_was_asked_for(name, process):
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"num_inference_steps": 1001}, "num_inference_steps"),
         ({"timesteps": []}, "at least"),
+        ({"timesteps": [[600, 300, 1]]}, "flat list"),
         ({"timesteps": [1, 300, 600]}, "fall strictly"),
         ({"timesteps": [600, 600, 1]}, "fall strictly"),
         ({"timesteps": [600.5, 300, 1]}, "whole"),
@@ -618,8 +640,23 @@ def test_a_prediction_of_another_shape_is_refused(name):
 def test_a_scheduler_that_can_be_undone_refuses_eta(name):
     scheduler, x = make(name), noise(1, 4, 4, 4)
     scheduler.set_timesteps(4)
-    with pytest.raises(ValueError, match="eta must be 0"):
-        scheduler.step(x, scheduler.timesteps[0], x, eta=0.1)
+    for eta in (0.1, -1.0):
+        with pytest.raises(ValueError, match="eta must be 0"):
+            scheduler.step(x, scheduler.timesteps[0], x, eta=eta)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_betas_that_are_too_few_are_refused(name):
+    with pytest.raises(ValueError, match="`trained_betas` must hold `num_train_timesteps` = 1000 numbers"):
+        make(name, trained_betas=[0.01] * 999)
+
+
+def test_an_inversion_that_loses_the_way_back_says_so(caplog):
+    for config, lost in (({"gamma": 0.5}, True), ({"gamma": 1.0}, False), ({"gamma": 0.5, "exact": True}, False)):
+        caplog.clear()
+        scheduler = BDIAScheduler(**SD, inverse=True, **config)
+        scheduler.set_timesteps(30 if config.get("exact") and lost else 12 if config.get("exact") else 50)
+        assert any("the round trip will be off" in r.getMessage() for r in caplog.records) == lost
 
 
 @pytest.mark.parametrize("config", [{"clip_sample": True}, {"thresholding": True}], ids=str)
