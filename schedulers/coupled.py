@@ -239,7 +239,7 @@ class TwoStepMixin(CoupledMixin):
         return run
 
     def _begin_run(self, sample: Tensor) -> Latent | None:
-        pending, self._pending = self._pending, None
+        pending = self._take_pair()
         step = self._begin // self.order
         index, after = self._path[step], self._path[step + 1]
         if pending is None:

@@ -249,6 +249,17 @@ class ReversibleMixin:
         self._pending = LatentPair(first, second, pair.steps if isinstance(pair, LatentPair) else None)
         return self._pending.first.value
 
+    def _take_pair(self) -> LatentPair | None:
+        """The pair that was set for the run that begins, once it is known to come from as long a run."""
+        pending, self._pending = self._pending, None
+        steps = len(self.timesteps) // self.order - self._begin // self.order
+        if pending is not None and pending.steps not in (None, steps):
+            raise ValueError(
+                f"The pair that was set comes from a run of {pending.steps} steps, and this one has {steps}: call"
+                " `set_timesteps` as for the opposite run, and `set_pair` again."
+            )
+        return pending
+
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """Scale a sample for the network: as it is, but for EDM's preconditioning."""
         if self.config.process != "edm" or not self._levels:

@@ -206,7 +206,7 @@ class EDICTScheduler(CoupledMixin, SchedulerMixin, ConfigMixin):
         return self._latents[0 if self._leads_with_x((self._pending.steps or 1) - 1) else 1].value
 
     def _begin_run(self, sample: Tensor) -> None:
-        pending, self._pending = self._pending, None
+        pending = self._take_pair()
         given = (sample, sample) if pending is None else tuple(latent.value for latent in pending[:2])
         dtype = state_dtype(sample.device)
         self._latents = [Latent(value.to(sample.device, dtype, copy=True)) for value in given]

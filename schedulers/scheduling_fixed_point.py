@@ -220,7 +220,7 @@ class FixedPointScheduler(ReversibleMixin, SchedulerMixin, ConfigMixin):
                 f"Each step calls the network {self.order} times, so an inversion can't begin at call {position}: give"
                 f" `set_begin_index` a multiple of {self.order}."
             )
-        pending, self._pending = self._pending, None
+        pending = self._take_pair()
         if pending is None:
             return Latent(sample.to(state_dtype(sample.device), copy=True))  # the caller may write to it
         value = pending.first.value.to(sample.device, state_dtype(sample.device))

@@ -125,6 +125,7 @@ def test_statistics_of_noise_tell_it_from_something_else():
         ({"scheduler": DDIMScheduler()}, "DDIMScheduler can't be inverted"),
         ({"scheduler": BDIAScheduler}, "BDIAScheduler is a class"),
         ({"prompt": None}, "`prompt` must be a text or a list of texts"),
+        ({"latents": torch.zeros(2, 4, 8, 8)}, "one for each of the 1 pictures, got 2"),
         ({"height": 32}, "`height` is not for the caller to give"),
         ({"strength": 0.0}, "strength"),
         ({"strength": 1.5}, "strength"),

@@ -301,6 +301,8 @@ def invert(
     images = space.preprocess(image)
     prompts = _one_each(prompt, len(images), "prompt")
     walker = type(sampler).from_config(sampler.config, inverse=True)
+    if latents is not None and len(latents) != len(images):
+        raise ValueError(f"`latents` must hold one for each of the {len(images)} pictures, got {len(latents)}.")
     clean = space.encode(images) if latents is None else latents.to(space.device, space.dtype)
     start = clean
     if hasattr(walker, "set_source"):  # it must know the times to draw its noise

@@ -651,6 +651,18 @@ def test_betas_that_are_too_few_are_refused(name):
         make(name, trained_betas=[0.01] * 999)
 
 
+@pytest.mark.parametrize("name", UNDONE)
+def test_a_pair_of_a_longer_run_is_refused(name):
+    scheduler, x = make(name, inverse=True), noise(1, 4, 4, 4)
+    scheduler.set_timesteps(8)
+    run(scheduler, network(scheduler), x)
+    sampler = make(name)
+    start = sampler.set_pair(scheduler.pair)
+    sampler.set_timesteps(6)
+    with pytest.raises(ValueError, match="comes from a run of 8 steps, and this one has 6"):
+        run(sampler, network(sampler), start)
+
+
 def test_an_inversion_that_loses_the_way_back_says_so(caplog):
     for config, lost in (({"gamma": 0.5}, True), ({"gamma": 1.0}, False), ({"gamma": 0.5, "exact": True}, False)):
         caplog.clear()
