@@ -52,6 +52,8 @@ def process_of(config: Mapping[str, Any]) -> str:
     Raises:
         ValueError: If it is none of these, or has a setting that changes the process.
     """
+    if "process" in config:  # one of ours
+        return str(config["process"])
     keys = {key for key in config if not key.startswith("_")}
     name = str(config.get("_class_name") or "this config")
     moved = [key for key in ("invert_sigmas", "stochastic_sampling", "snr_shift_scale") if config.get(key)]

@@ -230,6 +230,13 @@ def test_a_flow_or_edm_config_is_taken_over_or_refused(name, process, stock, loa
     assert {key: back.config[key] for key in visible(stock)} == visible(stock)
 
 
+@pytest.mark.parametrize("process", ["flow", "edm"])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.processes == ("vp",)])
+def test_a_flow_or_edm_config_of_one_of_ours_is_refused_too(name, process):
+    with pytest.raises(ValueError, match="needs a schedule of betas"):
+        CASES[name].cls.from_config(make("BDIA", process).config)
+
+
 @pytest.mark.parametrize("stock", ["IPNDM", "ScoreSdeVe", "CMStochasticIterative", "SCM", "UnCLIP", "CogVideoXDDIM"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_config_of_another_process_is_refused(name, stock, tmp_path):
