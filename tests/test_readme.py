@@ -183,9 +183,18 @@ def test_command_runs(line, tmp_path):
     RUNS[line](line, tmp_path)
 
 
+FEWER = """
+from sfumato import recipes
+find_recipe = recipes.find_recipe
+few = {"steps": 2, "forget_examples": 8, "retain_examples": 8, "example_steps": 2}
+recipes.find_recipe = lambda *arguments: recipes.Recipe({**find_recipe(*arguments).settings, **few})
+"""
+
+
+@pytest.mark.parametrize("prelude", [FEWER, pytest.param("", marks=pytest.mark.slow)], ids=["few steps", "whole"])
 @pytest.mark.parametrize("number", range(len(PYTHON)))
-def test_python_block_runs(number, tmp_path):
-    printed = run([sys.executable, "-c", PYTHON[number]], tmp_path)
+def test_python_block_runs(number, prelude, tmp_path):
+    printed = run([sys.executable, "-c", prelude + PYTHON[number]], tmp_path)
     if "no-sneaker.png" in PYTHON[number]:
         from PIL import Image
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from sfumato import loading, recipes
+from sfumato import concepts, loading, recipes
 from sfumato.arguments import make_parser
 from sfumato.unlearning.core import method_named, unlearn
 
@@ -52,6 +52,7 @@ def main(method: str, arguments: Sequence[str] | None = None) -> None:
     try:
         early = parser.parse_known_args(arguments)[0]
         pipe = loading.load(early.model)
+        concepts.resolve(pipe, early.forget, anchor=early.anchor, retain=early.retain)  # says what is wrong with it
         parser.set_defaults(**recipes.find_recipe(method, pipe, early.forget, early.recipe).settings)
         job, *configs = parser.parse_args_into_dataclasses(arguments)
         settings = {name: value for config in configs for name, value in asdict(config).items()}
