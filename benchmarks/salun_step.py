@@ -49,7 +49,7 @@ class Released:
         self.pipe, self.settings, self.batch = sfumato.load("atelier"), settings, batch_size
         concept = concepts.resolve(self.pipe, "sneaker")
         self.anchors = dict(zip(concept.prompts, concept.anchors, strict=True))
-        self.forget, self.retain = list(concept.prompts[:64]), list(concept.retain[:64])
+        self.forget, self.retain = ([p[k % len(p)] for k in range(64)] for p in (concept.prompts, concept.retain))
         self.pictures = {p: 2 * draw(self.pipe, p, num_inference_steps=5, description=None) - 1
                          for p in (tuple(self.forget), tuple(self.retain))}  # fmt: skip
         self.schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
