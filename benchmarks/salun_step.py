@@ -50,8 +50,10 @@ class Released:
         concept = concepts.resolve(self.pipe, "sneaker")
         self.anchors = dict(zip(concept.prompts, concept.anchors, strict=True))
         self.forget, self.retain = ([p[k % len(p)] for k in range(64)] for p in (concept.prompts, concept.retain))
-        self.pictures = {p: 2 * draw(self.pipe, p, num_inference_steps=5, description=None) - 1
-                         for p in (tuple(self.forget), tuple(self.retain))}  # fmt: skip
+        self.forget_pictures, self.retain_pictures = (
+            2 * draw(self.pipe, prompts, num_inference_steps=5, description=None) - 1
+            for prompts in (self.forget, self.retain)
+        )
         self.schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
         self.model = self.pipe.unet.requires_grad_(True)
         self.mask = {name: torch.rand_like(value) < settings["mask_ratio"] for name, value in
@@ -59,9 +61,8 @@ class Released:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings["learning_rate"])
 
     @torch.no_grad()
-    def get_input(self, prompts: list[str], rows: torch.Tensor, captions: list[str]) -> tuple[torch.Tensor, ...]:
-        """Encode pictures and captions."""
-        pixels = self.pictures[tuple(prompts)][rows]
+    def get_input(self, pixels: torch.Tensor, captions: list[str]) -> tuple[torch.Tensor, ...]:
+        """Encode pictures ``(B, 3, H, W)`` in [-1, 1] and their captions."""
         latents = self.pipe.vae.encode(pixels).latent_dist.sample() * self.pipe.vae.config.scaling_factor
         return latents, self.pipe.encode_prompt(captions, "cpu", 1, False)[0]
 
@@ -69,9 +70,10 @@ class Released:
         """Relabel the forget batch, denoise the retain batch."""
         rows = torch.randint(64, (2, self.batch))
         captions = [self.forget[k] for k in rows[0].tolist()]
-        forget, forget_text = self.get_input(self.forget, rows[0], captions)
-        pseudo, pseudo_text = self.get_input(self.forget, rows[0], [self.anchors[caption] for caption in captions])
-        remain, remain_text = self.get_input(self.retain, rows[1], [self.retain[k] for k in rows[1].tolist()])
+        pixels, kept = self.forget_pictures[rows[0]], [self.retain[k] for k in rows[1].tolist()]
+        forget, forget_text = self.get_input(pixels, captions)
+        pseudo, pseudo_text = self.get_input(pixels, [self.anchors[caption] for caption in captions])
+        remain, remain_text = self.get_input(self.retain_pictures[rows[1]], kept)
         times, noise = torch.randint(1000, (2, self.batch)), torch.randn(2, *forget.shape)
         said = self.model(self.schedule.add_noise(remain, noise[0], times[0]), times[0], remain_text).sample
         remain_loss = F.mse_loss(said, noise[0])

@@ -2,10 +2,10 @@
 
 Side by side on the embedded model, at one number of steps and one batch: the methods by their recipes, and
 straightforward implementations of the released algorithms, which walk a new trajectory for every sample of every step
-(and of every step of every attack) and ask the original model again. They learn at the recipe's rates; the samples of
-a step share their level, which the released code, with one sample a step, has no need to. Denoiser evaluations are
-samples that pass through a denoiser, counted as they happen; a guided prediction is two. A straightforward run of
-fewer steps than the recipe's is extrapolated, which the table says, and has no scores.
+(and of every step of every attack) and ask the original model again. They learn by the recipe's optimiser and rates;
+samples of a step share their level, which the released code, with one sample a step, has no need to. Denoiser
+evaluations are samples that pass through a denoiser, counted as they happen; a guided prediction is two. A
+straightforward run of fewer steps than the recipe's is extrapolated, which the table says, and has no scores.
 """
 
 import copy
@@ -86,7 +86,8 @@ class Released:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in names)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer, self.step = torch.optim.Adam(trained), 0
+        optimizers: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+        self.optimizer, self.step = optimizers[training.optimizer](trained, lr=training.learning_rate), 0
 
     def draw(self, high: int, count: int) -> list[int]:
         """Draw integers below `high`."""

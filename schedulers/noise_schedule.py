@@ -20,6 +20,7 @@ from torch import Tensor
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "linspace", "trailing")
+STOCK = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"]
 
 
 def check_choices(config: Any, **allowed: Sequence[Any]) -> None:
@@ -107,13 +108,13 @@ def stock_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key.startswith("_") or key in _shared_settings()}
 
 
+# what tells a config of ours, since one that was never saved does not hold its class's name
 _OURS = ("gamma", "mixing_coeff", "num_iterations", "window", "original_inference_steps", "exact", "eta", "released")
 
 
 @cache
 def _shared_settings() -> frozenset[str]:
-    names = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"]
-    return frozenset({"process"}.union(*(signature(getattr(diffusers, name)).parameters for name in names)))
+    return frozenset({"process"}.union(*(signature(getattr(diffusers, name)).parameters for name in STOCK)))
 
 
 def require_betas(cls: type, config: Any) -> None:

@@ -10,7 +10,6 @@ from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from .noise_schedule import (
     BETA_SCHEDULES,
     PREDICTION_TYPES,
     SPACINGS,
+    STOCK,
     check_choices,
     entry_of,
     noise_schedule,
@@ -75,10 +75,7 @@ class ReversibleMixin:
     """
 
     config: Any
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers] + [
-        "FlowMatchEulerDiscreteScheduler",
-        "EDMEulerScheduler",
-    ]
+    _compatibles = STOCK
     order = 1
     _fewest_steps = 2
 

@@ -56,9 +56,11 @@ class Concept:
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check that the three lists fit together and do not contradict each other."""
+        """Check that the lists fit together and do not contradict each other."""
         if not self.names:
             object.__setattr__(self, "names", self.prompts)
+        if len(self.names) != len(self.prompts):
+            raise ValueError(f"{len(self.prompts)} prompts need as many names, got {len(self.names)}.")
         if len(self.anchors) != len(self.prompts):
             raise ValueError(f"{len(self.prompts)} prompts need as many anchors, got {len(self.anchors)}.")
         for kind, prompts in (("forget", self.prompts), ("retain", self.retain)):

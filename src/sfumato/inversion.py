@@ -296,7 +296,7 @@ def invert(
     space = latent_space_of(pipe)
     refused = [name for name in _OWN_ARGUMENTS if name in pipeline_arguments]
     if refused:
-        raise ValueError(f"`{refused[0]}` is not for the caller to give: an inversion takes it from the pictures.")
+        raise ValueError(f"`{refused[0]}` is not for the caller to give: the inversion sets it itself.")
     sampler = _sampler(pipe, scheduler, num_inference_steps, strength)
     images = space.preprocess(image)
     prompts = _one_each(prompt, len(images), "prompt")

@@ -31,10 +31,10 @@ from sfumato.randomness import randint_for
 from sfumato.settings import check_seed, check_types
 from sfumato.unlearning.embedding_attack import (
     INSERTIONS,
-    accumulated_descent,
+    find_embeddings,
     frozen,
     insert_embeddings,
-    projected_descent,
+    random_embeddings,
     room_for,
 )
 from sfumato.unlearning.examples import PromptTable
@@ -156,13 +156,11 @@ def _attack(
         start = torch.zeros(len(numbers), int(counts.max()), table.shape[1], device=table.device)
     else:
         keys = [(seed, START_STREAM, k, place) for k in numbers for place in range(config.tokens)]
-        drawn = randint_for(keys, len(table)).to(table.device)
-        start = table[drawn].view(len(numbers), config.tokens, -1)
-    if config.attack == "released":
-        delta = accumulated_descent(losses, start, steps=config.steps, learning_rate=config.learning_rate)
-    else:
-        radius = config.radius or float(table.norm(dim=1).max())
-        length = config.learning_rate * radius
-        delta = projected_descent(losses, start, steps=config.steps, learning_rate=length, radius=radius)
+        start = random_embeddings(table, keys, config.tokens)
+    radius = config.radius or float(table.norm(dim=1).max())
+    delta = find_embeddings(
+        losses, start, table, attack=config.attack, steps=config.steps, radius=radius,
+        learning_rate=config.learning_rate * (radius if config.attack == "projected" else 1.0),
+    )  # fmt: skip
     with torch.no_grad():
         return encoded(delta)

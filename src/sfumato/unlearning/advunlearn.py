@@ -41,10 +41,10 @@ from sfumato.randomness import randint_for, rng_for
 from sfumato.trainer import Shard
 from sfumato.unlearning.embedding_attack import (
     INSERTIONS,
-    accumulated_descent,
+    find_embeddings,
     frozen,
     insert_embeddings,
-    projected_descent,
+    random_embeddings,
     room_for,
 )
 from sfumato.unlearning.task import History, Task
@@ -248,13 +248,10 @@ class AdvUnlearnObjective:
                 said = self._predict(self.model, states.latents, states.timesteps, *self._embed(prompts, delta))
             return (said - states.noise["prompt"]).square().flatten(1).mean(1)
 
-        start, steps, rate = self._start(round_, positions), config.attack_steps, config.attack_learning_rate
-        if config.attack == "released":
-            return accumulated_descent(losses, start, steps=steps, learning_rate=rate, fast=config.fast_attack)
-        radius = config.attack_radius or float(self.table.norm(dim=1).max())
-        return projected_descent(
-            losses, start, steps=steps, learning_rate=rate, radius=radius, fast=config.fast_attack
-        )
+        return find_embeddings(
+            losses, self._start(round_, positions), self.table, attack=config.attack, steps=config.attack_steps,
+            learning_rate=config.attack_learning_rate, radius=config.attack_radius, fast=config.fast_attack,
+        )  # fmt: skip
 
     def _start(self, round_: int, positions: list[int]) -> torch.Tensor:
         """Where an attack starts, ``(len(positions), k, width)``."""
@@ -264,7 +261,7 @@ class AdvUnlearnObjective:
             return torch.zeros_like(self.delta[positions], device=self.family.device)
         count = self.delta.shape[1]
         keys = [(self.seed, START_STREAM, round_, position, k) for position in positions for k in range(count)]
-        return self.table[randint_for(keys, len(self.table)).to(self.table.device)].view(len(positions), count, -1)
+        return random_embeddings(self.table, keys, count)
 
     def _embed(self, prompts: Sequence[str], delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens ``(B, T)`` of prompts and their embeddings ``(B, T, width)``, with an attack if there is one."""

@@ -16,12 +16,15 @@ which the next gradient is added; the projected one takes the sign of each gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-__all__ = ["INSERTIONS", "accumulated_descent", "frozen", "insert_embeddings", "projected_descent", "room_for"]
+from sfumato.randomness import randint_for
+
+__all__ = ["INSERTIONS", "accumulated_descent", "find_embeddings", "frozen", "insert_embeddings", "projected_descent",
+           "random_embeddings", "room_for"]  # fmt: skip
 
 INSERTIONS = ("prefix", "suffix", "replace", "add")
 RowLosses = Callable[[torch.Tensor, int], torch.Tensor]
@@ -119,6 +122,36 @@ def projected_descent(
         direction = gradient.sign() if fast else gradient / norm
         delta = _project(delta.detach() - learning_rate * direction, radius)
     return delta
+
+
+def find_embeddings(
+    losses: RowLosses, start: torch.Tensor, table: torch.Tensor, *, attack: str, steps: int, learning_rate: float,
+    radius: float | None, fast: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Descend as ``attack`` says, ``"released"`` or ``"projected"``.
+
+    Args:
+        losses: To descend.
+        start: ``(B, k, width)``.
+        table: Embeddings of all tokens, ``(vocabulary, width)``.
+        attack: Which.
+        steps: How many.
+        learning_rate: See `accumulated_descent` and `projected_descent`.
+        radius: The largest norm of an embedding in a projected attack; None is that of the table.
+        fast: Along signs.
+
+    Returns:
+        The embeddings found, ``(B, k, width)``.
+    """
+    if attack == "released":
+        return accumulated_descent(losses, start, steps=steps, learning_rate=learning_rate, fast=fast)
+    radius = radius or float(table.norm(dim=1).max())
+    return projected_descent(losses, start, steps=steps, learning_rate=learning_rate, radius=radius, fast=fast)
+
+
+def random_embeddings(table: torch.Tensor, keys: Sequence[tuple[int, ...]], tokens: int) -> torch.Tensor:
+    """Give embeddings ``(B, tokens, width)`` of random tokens of a table, one drawn by each of ``B * tokens`` keys."""
+    return table[randint_for(keys, len(table)).to(table.device)].view(-1, tokens, table.shape[1])
 
 
 @contextmanager

@@ -16,7 +16,7 @@ The released code pairs a state with a time that is up to two levels noisier (it
 and stops one early); here a state has the time it was walked to, and `legacy_level_mismatch` brings the mismatch back.
 
 N trajectories of L levels take 12 bytes times N x L x the size of a latent: 9.8 MB each for Stable Diffusion 1.4 with
-50 levels, on the CPU, and as much on the disk while the run lasts; a quarter more with `erase_from`.
+50 levels, on the CPU, and as much on the disk while the run lasts; a third more with a `Walker.source`.
 """
 
 from __future__ import annotations
@@ -116,13 +116,17 @@ def erasing_target(noise: Mapping[str, torch.Tensor], erased: str, away: str, et
     .. math::
         T = \epsilon^*(z_t, t, f) - (1 + \eta)\,[\epsilon^*(z_t, t, c) - \epsilon^*(z_t, t, \varnothing)] ;
 
-    with f = c it is :math:`\epsilon^*(\varnothing) - \eta\,[\epsilon^*(c) - \epsilon^*(\varnothing)]`, as in ESD.
+    with f = c it is :math:`\epsilon^*(\varnothing) - \eta\,[\epsilon^*(c) - \epsilon^*(\varnothing)]`: ESD's targets
+    (Gandikota et al., arXiv 2303.07345); that every prompt of the concept be an f, and its bare name c, is ours.
 
     Args:
-        noise: As in `States`, with ``"empty"``.
+        noise: As in `States`, ``(B, C, H, W)`` each, with ``"empty"``.
         erased: Which of it is said under f.
         away: Which of it is said under c.
         eta: How far to guide away.
+
+    Returns:
+        The noise that should be seen, ``(B, C, H, W)``.
     """
     return noise[erased] - (1 + eta) * (noise[away] - noise["empty"])
 
@@ -261,6 +265,13 @@ class Walker:
         with self.accelerator.autocast():
             return self.family.predict_noise(self.family.denoiser, latents, times, self.table(prompts))
 
+    def asked(self, prompts: Sequence[str]) -> dict[str, list[str]]:
+        """Name what the original model is asked about states of trajectories that show `prompts`; see `States`."""
+        asked = {"empty": [""] * len(prompts), "prompt": list(prompts)}
+        if self.source is not None:
+            asked["source"] = [self.source[prompt] for prompt in prompts]
+        return asked
+
     def _times(self, key: Key) -> torch.Tensor:
         """The times that a trajectory's states are paired with, (L,)."""
         if not self.config.legacy_level_mismatch:
@@ -274,9 +285,9 @@ class Walker:
         self, denoiser: torch.nn.Module, prompts: Sequence[str], keys: Sequence[Key], times: torch.Tensor, teach: bool
     ) -> dict[str, torch.Tensor]:
         """Walk one batch: latents, and predictions if wanted, ``(B, L, C, H, W)`` each."""
-        asked = {"empty": [""] * len(prompts), "prompt": list(prompts)}
-        if teach and self.source is not None:
-            asked["source"] = [self.source[prompt] for prompt in prompts]
+        asked = self.asked(prompts)
+        if not teach:
+            asked.pop("source", None)
         noise = randn_for([(*key, 0) for key in keys], self.family.latent_shape).to(self.family.device)
         grid, levels = self.grid, self.config.trajectory_steps
         if not self.config.legacy_level_mismatch:
@@ -346,11 +357,7 @@ class TrainedTrajectories:
     def at(self, rows: np.ndarray, levels: np.ndarray, wanted: Sequence[str]) -> States:
         """Give states with predictions, for which the original model is asked now; see `Bank`."""
         states = self._walked.at(rows, levels, ())
-        source = self._walker.source or {}
-        asked = {
-            "empty": [""] * len(rows), "prompt": states.prompts,
-            "source": [source.get(prompt, "") for prompt in states.prompts],
-        }  # fmt: skip
+        asked = self._walker.asked(states.prompts)
         said = {name: self._walker.teach(states.latents, states.timesteps, asked[name]) for name in wanted}
         return states._replace(noise=said)
 
