@@ -203,20 +203,20 @@ class MaskedUpdate:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, masks: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
-        self._masks = dict(masks)
-        self._frozen = {parameter: parameter.detach()[~mask].clone() for parameter, mask in self._masks.items()}
+        self._outside = {parameter: ~mask for parameter, mask in masks.items()}
+        self._frozen = {parameter: parameter.detach()[out].clone() for parameter, out in self._outside.items()}
         optimizer.register_step_pre_hook(self._mask_gradients)
         optimizer.register_step_post_hook(self._restore)
 
     def _mask_gradients(self, *_: Any) -> None:
-        for parameter, mask in self._masks.items():
+        for parameter, outside in self._outside.items():
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(~mask, 0)
+                parameter.grad.masked_fill_(outside, 0)
 
     @torch.no_grad()
     def _restore(self, *_: Any) -> None:
-        for parameter, mask in self._masks.items():
-            parameter.masked_scatter_(~mask, self._frozen[parameter])
+        for parameter, outside in self._outside.items():
+            parameter.masked_scatter_(outside, self._frozen[parameter])
 
 
 def train(
@@ -392,7 +392,8 @@ def make_accelerator(config: TrainingConfig, output_dir: str | Path | None = Non
 
 
 def _make_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    options = {} if config.optimizer == "adam" else {"weight_decay": config.weight_decay}
+    options: dict[str, Any] = {} if config.optimizer == "adam" else {"weight_decay": config.weight_decay}
+    options["fused"] = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
     return _OPTIMIZERS[config.optimizer](list(parameters.values()), lr=config.learning_rate, **options)
 
 
