@@ -1,21 +1,26 @@
 """Time a training step of SalUn against the released algorithm: ``python benchmarks/salun_step.py``.
 
-Side by side on the embedded model, at one batch and the recipe's optimiser and mask. The released program keeps its
-sets as pictures: every step it encodes the forget pictures twice and the retain pictures once with the autoencoder,
-encodes three lists of prompts, and runs the denoiser three times. Here posteriors and prompts are encoded once before
-the training, and the two predictions that are trained share a pass. Both draw the same number of pictures first, which
-is not part of a step. The times are medians of rounds in which the two take turns.
+Side by side on one model, at one batch and the recipe's optimiser and mask. The released program keeps its sets as
+pictures: every step it encodes the forget pictures twice and the retain pictures once with the autoencoder, encodes
+three lists of prompts, and runs the denoiser three times. Here posteriors and prompts are encoded once before the
+training, and the two predictions that are trained share a pass. Both draw the same number of pictures first, which is
+not part of a step. The times are medians of rounds in which the two take turns.
+
+``--model sd15`` is a network of Stable Diffusion 1.5's size with random weights, at 256x256; it needs 20 GB. Both then
+take plain gradient steps, one forget and one retain picture each, since Adam's moments would not fit beside.
 """
 
+import copy
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import sfumato
 from sfumato import concepts, recipes
@@ -23,6 +28,7 @@ from sfumato.arguments import make_parser
 from sfumato.evaluation.generation import draw
 
 LIMIT = 1.5
+KEEP = ("a bag", "a coat", "a dog in the snow", "a house by the sea")
 
 
 @dataclass
@@ -30,35 +36,85 @@ class StepConfig:
     """What to time.
 
     Attributes:
+        model: ``"atelier"`` or ``"sd15"``.
         steps: Steps of each in a round.
         rounds: Rounds; the first of each warms up and is not counted.
-        batch_size: Forget pictures in a step, and as many retain pictures; 0 is the recipe's.
+        batch_size: Forget pictures in a step, and as many retain pictures; 0 is the recipe's, or 1 for sd15.
         threads: CPU threads; 0 leaves the choice to torch.
     """
 
+    model: str = field(default="atelier", metadata={"choices": ["atelier", "sd15"]})
     steps: int = 20
     rounds: int = 4
     batch_size: int = 0
     threads: int = 0
 
 
-class Released:
-    """The released training step, written down as it is, on diffusers alone."""
+def stable_diffusion(size: int) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5 with random weights for pictures of `size`, and the embedded model's tokenizer."""
+    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    tokenizer = sfumato.load("atelier").tokenizer
+    tokenizer.model_max_length = text.max_position_embeddings
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=size,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    schedule = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, scheduler=schedule, safety_checker=None,
+        unet=UNet2DConditionModel(sample_size=size // 8, cross_attention_dim=768),
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
-    def __init__(self, settings: dict[str, Any], batch_size: int) -> None:
-        self.pipe, self.settings, self.batch = sfumato.load("atelier"), settings, batch_size
-        concept = concepts.resolve(self.pipe, "sneaker")
+
+@dataclass
+class Case:
+    """A model, what it is to forget, and how."""
+
+    pipe: Any
+    settings: dict[str, Any]
+    retain: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, config: StepConfig) -> "Case":
+        """Make the case that is asked for."""
+        if config.model == "atelier":
+            pipe = sfumato.load("atelier")
+            settings = dict(recipes.find_recipe("salun", pipe, "sneaker").settings)
+            examples = {"forget_examples": 64, "retain_examples": 64, "example_steps": 5}
+            case = cls(pipe, {**settings, **examples})
+        else:
+            settings = {"optimizer": "sgd", "learning_rate": 1e-5, "mask_ratio": 0.5, "retain_weight": 0.5}
+            examples = {"forget_examples": 2, "retain_examples": 2, "example_steps": 1, "example_batch_size": 1}
+            case = cls(stable_diffusion(256), {**settings, **examples, "batch_size": 1}, KEEP)
+        case.settings["batch_size"] = config.batch_size or case.settings["batch_size"]
+        return case
+
+
+class Released:
+    """The released training step, written down as it is, on diffusers alone; it trains the case's own denoiser."""
+
+    def __init__(self, case: Case) -> None:
+        self.pipe, self.settings, self.batch = case.pipe, case.settings, case.settings["batch_size"]
+        self.count = self.settings["forget_examples"]
+        concept = concepts.resolve(self.pipe, "sneaker", retain=case.retain)
         self.anchors = dict(zip(concept.prompts, concept.anchors, strict=True))
-        self.forget, self.retain = ([p[k % len(p)] for k in range(64)] for p in (concept.prompts, concept.retain))
+        lists = (concept.prompts, concept.retain)
+        self.forget, self.retain = ([prompts[k % len(prompts)] for k in range(self.count)] for prompts in lists)
         self.forget_pictures, self.retain_pictures = (
-            2 * draw(self.pipe, prompts, num_inference_steps=5, description=None) - 1
+            2 * draw(
+                self.pipe, prompts, num_inference_steps=self.settings["example_steps"], batch_size=64, description=None
+            ) - 1
             for prompts in (self.forget, self.retain)
-        )
+        )  # fmt: skip
         self.schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
         self.model = self.pipe.unet.requires_grad_(True)
-        self.mask = {name: torch.rand_like(value) < settings["mask_ratio"] for name, value in
+        self.mask = {name: torch.rand_like(value) < self.settings["mask_ratio"] for name, value in
                      self.model.named_parameters()}  # fmt: skip
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings["learning_rate"])
+        optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[self.settings.get("optimizer", "adam")]
+        self.optimizer = optimizer(self.model.parameters(), lr=self.settings["learning_rate"])
 
     @torch.no_grad()
     def get_input(self, pixels: torch.Tensor, captions: list[str]) -> tuple[torch.Tensor, ...]:
@@ -68,7 +124,7 @@ class Released:
 
     def step(self) -> None:
         """Relabel the forget batch, denoise the retain batch."""
-        rows = torch.randint(64, (2, self.batch))
+        rows = torch.randint(self.count, (2, self.batch))
         captions = [self.forget[k] for k in rows[0].tolist()]
         pixels, kept = self.forget_pictures[rows[0]], [self.retain[k] for k in rows[1].tolist()]
         forget, forget_text = self.get_input(pixels, captions)
@@ -95,11 +151,22 @@ def seconds(call: Any) -> float:
     return time.perf_counter() - began
 
 
-def own_run(settings: dict[str, Any], steps: int) -> float:
-    """Time a whole run of ours on few examples."""
-    few = {"forget_examples": 64, "retain_examples": 64, "example_steps": 5}
-    pipe = sfumato.load("atelier")
-    return seconds(lambda: sfumato.unlearn(pipe, "sneaker", verify=False, **{**settings, **few, "steps": steps}))
+def own_run(case: Case, steps: int) -> float:
+    """Time a whole run of ours."""
+    settings = {**case.settings, "steps": steps}
+    return seconds(lambda: sfumato.unlearn(case.pipe, "sneaker", retain=case.retain, verify=False, **settings))
+
+
+def own_step(case: Case, steps: int) -> float:
+    """Seconds of a step of ours: what a longer run takes more than a run of one step."""
+    shorter = own_run(case, 1)
+    return (own_run(case, steps + 1) - shorter) / steps
+
+
+def released_step(case: Case, steps: int) -> float:
+    """Seconds of a step as released."""
+    released = Released(Case(copy.deepcopy(case.pipe), case.settings, case.retain))
+    return seconds(lambda: [released.step() for _ in range(steps)]) / steps
 
 
 def main(config: StepConfig) -> None:
@@ -107,16 +174,13 @@ def main(config: StepConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(0)
-    settings = dict(recipes.find_recipe("salun", sfumato.load("atelier"), "sneaker").settings)
-    settings["batch_size"] = config.batch_size or settings["batch_size"]
-    released = Released(settings, settings["batch_size"])
-    ours, theirs = [], []
+    case = Case.of(config)
+    times: dict[str, list[float]] = {"released": [], "sfumato": []}
     for _ in range(config.rounds):
-        longer, shorter = own_run(settings, config.steps + 1), own_run(settings, 1)
-        ours.append((longer - shorter) / config.steps)
-        theirs.append(seconds(lambda: [released.step() for _ in range(config.steps)]) / config.steps)
-    own, other = (statistics.median(values[1:]) for values in (ours, theirs))
-    print(f"batch {settings['batch_size']} + {settings['batch_size']}")
+        times["sfumato"].append(own_step(case, config.steps))
+        times["released"].append(released_step(case, config.steps))
+    batch, (other, own) = case.settings["batch_size"], (statistics.median(v[1:] or v) for v in times.values())
+    print(f"{config.model}, batch {batch} + {batch}")
     print(f"as released {1000 * other:7.1f} ms a step\nsfumato     {1000 * own:7.1f} ms a step")
     print(f"throughput  {other / own:.2f} x (limit {LIMIT})")
     print(json.dumps({"released": other, "sfumato": own, "ratio": other / own}))
