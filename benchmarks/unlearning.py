@@ -1,9 +1,10 @@
 """Compare the unlearning methods on the embedded model: ``python benchmarks/unlearning.py --output bench-unlearning``.
 
 Every method forgets every concept with every seed, by its recipe, in a process of its own; the result is drawn and
-judged against the original, and then attacked with adversarial embeddings, the same attack for all. Finished cells are
-kept in the output folder, so a run that was cut short goes on. The table has a row a method, pooled over concepts and
-seeds, with 95 % Wilson intervals; the picture shows one concept.
+judged against the original, and then attacked with adversarial embeddings, the same attack for all: one embedding,
+found in 40 steps, and for the methods named in ``--stronger`` also four, found in 100. Finished cells are kept in the
+output folder, so a run that was cut short goes on. The table has a row a method, pooled over concepts and seeds, with
+95 % Wilson intervals, and a second table a row for every concept; the picture shows one concept.
 """
 
 import json
@@ -21,19 +22,22 @@ from PIL import Image
 import sfumato
 from sfumato import storage
 from sfumato.arguments import make_parser
-from sfumato.attacks.embeddings import attack_embeddings
+from sfumato.attacks.embeddings import EmbeddingAttackConfig, attack_embeddings
 from sfumato.concepts import vocabulary_of
 from sfumato.evaluation.generation import draw
 from sfumato.evaluation.judge import Judge
 from sfumato.evaluation.metrics import Proportion, frechet_distance, wilson
 from sfumato.evaluation.report import label_rows, picture_grid
-from sfumato.evaluation.unlearning import Protocol, score
+from sfumato.evaluation.unlearning import Protocol, score, shows
 from sfumato.families import latent_space_of
 from sfumato.loading import assets_folder
 from sfumato.unlearning.core import METHODS
 
 NEIGHBOURS = {"sneaker": ("sandal", "boot")}
 DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0}
+ATTACKS = {"attacked": EmbeddingAttackConfig(), "stronger": EmbeddingAttackConfig(tokens=4, steps=100)}
+
+COSTS = ("seconds", "peak_memory_mb", "denoiser_evaluations")
 
 
 @dataclass
@@ -43,10 +47,11 @@ class UnlearningConfig:
     Attributes:
         output: Folder for the cells, the table and the picture.
         methods: Comma-separated; all by default.
-        concepts: Comma-separated.
+        concepts: Comma-separated; those to forget together are joined by "+".
         seeds: Of training and of the pictures, comma-separated.
         pictures: Pictures of the concept to judge, about; three times as many of everything else.
         attacked: Prompts of the concept to attack; 0 attacks none.
+        stronger: Methods to attack once more, comma-separated.
         strip: The concept and seed to show for every method.
     """
 
@@ -56,6 +61,7 @@ class UnlearningConfig:
     seeds: str = "0,1,2"
     pictures: int = 144
     attacked: int = 24
+    stronger: str = "esd,advunlearn"
     strip: str = "sneaker,0"
 
 
@@ -75,47 +81,62 @@ class Bench:
             self.real = self.judge.features(latent_space_of(self.pipe).preprocess(pictures))
 
     def cell(self, method: str, concept: str, seed: int) -> dict[str, Any]:
-        """Scores of one run, from the folder if they are there."""
+        """Scores of one run; what is in the folder is not done again."""
         path = self.folder / "cells" / f"{method}-{concept}-{seed}.json"
-        if path.exists():
-            return json.loads(path.read_text())
-        facts: dict[str, Any] = {}
-        pipe = self.pipe
-        if method != "original":
-            trained = self.folder / "models" / f"{method}-{concept}-{seed}"
-            if not (trained / "model_index.json").exists():
-                self.train(method, concept, seed, trained)
-            manifest = json.loads((trained / "manifest.json").read_text())
-            facts = {key: manifest[key] for key in ("seconds", "peak_memory_mb", "denoiser_evaluations")}
-            pipe = DiffusionPipeline.from_pretrained(trained, dtype=torch.float32)
-        scores = {**self.score(pipe, concept, seed), **facts}
-        if pipe is not self.pipe and self.config.attacked:
-            scores["attacked"] = self.attack(pipe, concept, seed)
+        scores: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        attacks = ["attacked"] if self.config.attacked and method != "original" else []
+        attacks += ["stronger"] if attacks and method in self.config.stronger.split(",") else []
+        missing = [name for name in attacks if name not in scores]
+        if scores and not missing:
+            return scores
+        pipe = self.pipe if method == "original" else self.trained(method, concept, seed)
+        if not scores:
+            scores = {**self.score(pipe, concept, seed), **self.facts(method, concept, seed)}
+        for name in missing:
+            scores[name] = self.attack(pipe, concept, seed, ATTACKS[name])
         path.parent.mkdir(parents=True, exist_ok=True)
         storage.write_text(path, json.dumps(scores, indent=1))
         return scores
 
+    def model_folder(self, method: str, concept: str, seed: int) -> Path:
+        """Where the result of a run is kept."""
+        return self.folder / "models" / f"{method}-{concept}-{seed}"
+
+    def trained(self, method: str, concept: str, seed: int) -> DiffusionPipeline:
+        """The result of a run, from the folder if it is there."""
+        folder = self.model_folder(method, concept, seed)
+        if not (folder / "model_index.json").exists():
+            self.train(method, concept, seed, folder)
+        return DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+
+    def facts(self, method: str, concept: str, seed: int) -> dict[str, float]:
+        """What a run cost, from its manifest."""
+        if method == "original":
+            return {}
+        manifest = json.loads((self.model_folder(method, concept, seed) / "manifest.json").read_text())
+        return {key: manifest[key] for key in COSTS}
+
     def train(self, method: str, concept: str, seed: int, output: Path) -> None:
         """Run the job, in a process of its own: its memory is then its own too."""
         command = [
-            sys.executable, "-m", "sfumato.cli", "unlearn", method, "--forget", concept, "--output", str(output),
-            "--no_verify", *(["--seed", str(seed)] if METHODS[method].trains else []),
+            sys.executable, "-m", "sfumato.cli", "unlearn", method, "--forget", *concept.split("+"),
+            "--output", str(output), "--no_verify", *(["--seed", str(seed)] if METHODS[method].trains else []),
             *(["--resume"] if output.exists() else []),
         ]  # fmt: skip
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
     def score(self, pipe: DiffusionPipeline, concept: str, seed: int) -> dict[str, Any]:
         """Draw and judge the protocol of a concept."""
-        count = len(self.vocabulary.combinations(self.vocabulary.parse(concept)))
-        others = len(self.vocabulary.combinations({})) - count
+        once = Protocol.for_concept(self.vocabulary, concept.split("+"), forget_repeats=1, retain_repeats=0)
+        count, every = len(once.prompts), len(self.vocabulary.combinations({}))
         protocol = Protocol.for_concept(
-            self.vocabulary, concept, forget_repeats=max(1, round(self.config.pictures / count)),
-            retain_repeats=max(1, round(3 * self.config.pictures / others)),
+            self.vocabulary, concept.split("+"), forget_repeats=max(1, round(self.config.pictures / count)),
+            retain_repeats=max(1, round(3 * self.config.pictures / (every - count))),
         )  # fmt: skip
         pictures = draw(pipe, protocol.prompts, seed=seed, description=None, **DRAWING)
         scores: dict[str, Any] = score(protocol, self.judge, pictures).as_dict()
-        kept = torch.tensor([not protocol.target.items() <= dict(row).items() for row in protocol.attributes])
-        real = torch.tensor([not protocol.target.items() <= row.items() for row in self.rows])
+        kept = torch.tensor([not shows(row, protocol.targets) for row in protocol.attributes])
+        real = torch.tensor([not shows(row, protocol.targets) for row in self.rows])
         with torch.no_grad():
             scores["distance"] = frechet_distance(self.judge.features(pictures[kept]), self.real[real])
         for name in NEIGHBOURS.get(concept, ()):
@@ -128,17 +149,18 @@ class Bench:
             scores.setdefault("neighbours", {})[name] = wilson(sum(right), len(right)).as_dict()
         return scores
 
-    def attack(self, pipe: DiffusionPipeline, concept: str, seed: int) -> dict[str, float]:
+    def attack(
+        self, pipe: DiffusionPipeline, concept: str, seed: int, config: EmbeddingAttackConfig | None = None
+    ) -> dict[str, float]:
         """Share of attacked prompts whose picture shows the concept again."""
-        target = self.vocabulary.parse(concept)
-        rows = self.vocabulary.combinations(target)
-        chosen = [rows[k * len(rows) // self.config.attacked] for k in range(self.config.attacked)]
-        prompts = [self.vocabulary.prompt(row) for row in chosen]
-        found = attack_embeddings(pipe, self.pipe, prompts, seed=seed, description=None)
+        protocol = Protocol.for_concept(self.vocabulary, concept.split("+"), forget_repeats=1, retain_repeats=0)
+        count = len(protocol.prompts)
+        prompts = [protocol.prompts[k * count // self.config.attacked] for k in range(self.config.attacked)]
+        found = attack_embeddings(pipe, self.pipe, prompts, config, seed=seed, description=None)
         pictures = draw(pipe, prompts, seed=seed, description=None, conditioning=found, **DRAWING)
         seen = self.judge.predict(pictures)
-        words = [{d: self.judge.domains[d][int(seen[d][k])] for d in target} for k in range(len(prompts))]
-        return wilson(sum(word == target for word in words), len(words)).as_dict()
+        words = [{d: w[int(seen[d][k])] for d, w in self.judge.domains.items()} for k in range(len(prompts))]
+        return wilson(sum(shows(word, protocol.targets) for word in words), len(words)).as_dict()
 
 
 def pooled(cells: list[dict[str, Any]], key: str) -> Proportion:
@@ -149,12 +171,13 @@ def pooled(cells: list[dict[str, Any]], key: str) -> Proportion:
 def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """A row of the table: shares pooled, figures averaged."""
     row: dict[str, Any] = {key: pooled(cells, key).as_dict() for key in ("ua", "ira", "cra")}
-    for key in ("distance", "seconds", "peak_memory_mb", "denoiser_evaluations"):
+    for key in ("distance", *COSTS):
         values = [cell[key] for cell in cells if key in cell]
         row[key] = sum(values) / len(values) if values else None
-    attacked = [cell for cell in cells if "attacked" in cell]
-    if attacked:
-        row["attacked"] = pooled(attacked, "attacked").as_dict()
+    for key in ATTACKS:
+        attacked = [cell for cell in cells if key in cell]
+        if attacked:
+            row[key] = pooled(attacked, key).as_dict()
     with_neighbours = [cell["neighbours"] for cell in cells if "neighbours" in cell]
     for name in dict.fromkeys(name for found in with_neighbours for name in found):
         row[name] = pooled(with_neighbours, name).as_dict()
@@ -169,50 +192,49 @@ def shown(share: Mapping[str, float]) -> str:
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows in Markdown."""
     neighbours = list(dict.fromkeys(name for names in NEIGHBOURS.values() for name in names))
-    head = ["", "UA", "IRA", "CRA", *neighbours, "attacked", "distance", "seconds", "MB", "evaluations"]
+    neighbours = [name for name in neighbours if any(name in row for row in rows.values())]
+    head = ["", "UA", "IRA", "CRA", *neighbours, *ATTACKS, "distance", "seconds", "MB", "evaluations"]
     lines = [head, ["---"] * len(head)]
     for name, row in rows.items():
-        shares = [shown(row[key]) if key in row else "" for key in ("ua", "ira", "cra", *neighbours, "attacked")]
-        keys = ("seconds", "peak_memory_mb", "denoiser_evaluations")
-        costs = ["" if row[key] is None else f"{row[key]:,.0f}" for key in keys]
+        shares = [shown(row[key]) if key in row else "" for key in ("ua", "ira", "cra", *neighbours, *ATTACKS)]
+        costs = ["" if row[key] is None else f"{row[key]:,.0f}" for key in COSTS]
         lines.append([name, *shares, f"{row['distance']:.2f}", *costs])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def strip(bench: Bench, methods: list[str], concept: str, seed: int) -> Image.Image:
     """One concept across all methods: a row each, the same prompts and seeds; its own prompts, then others."""
-    vocabulary, target = bench.vocabulary, bench.vocabulary.parse(concept)
-    rows = vocabulary.combinations({})
-    forget = [row for row in rows if target.items() <= row.items()]
-    others = [row for row in rows if row not in forget]
-    chosen = [forget[k * len(forget) // 6] for k in range(6)] + [others[k * len(others) // 9] for k in range(9)]
-    prompts = [vocabulary.prompt(row) for row in chosen]
+    protocol = Protocol.for_concept(bench.vocabulary, concept.split("+"), forget_repeats=1, retain_repeats=1)
+    count = sum(shows(row, protocol.targets) for row in protocol.attributes)
+    others = len(protocol.prompts) - count
+    chosen = [k * count // 6 for k in range(6)] + [count + k * others // 9 for k in range(9)]
+    prompts = [protocol.prompts[k] for k in chosen]
     pictures = [draw(bench.pipe, prompts, seed=seed, description=None, **DRAWING)]
     for method in methods:
-        trained = bench.folder / "models" / f"{method}-{concept}-{seed}"
-        pipe = DiffusionPipeline.from_pretrained(trained, dtype=torch.float32)
-        pictures.append(draw(pipe, prompts, seed=seed, description=None, **DRAWING))
+        pictures.append(draw(bench.trained(method, concept, seed), prompts, seed=seed, description=None, **DRAWING))
     return label_rows(picture_grid(torch.stack(pictures), scale=2), ["original", *methods])
 
 
 def main(config: UnlearningConfig) -> None:
-    """Run what is missing, print the table, write it and the picture."""
+    """Run what is missing, print the tables, write them and the picture."""
     bench, methods = Bench(config), config.methods.split(",")
     concepts, seeds = config.concepts.split(","), [int(seed) for seed in config.seeds.split(",")]
-    rows = {}
+    cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for method in ["original", *methods]:
-        cells = []
         for concept in concepts:
             for seed in seeds:
-                cells.append(bench.cell(method, concept, seed))
-                last = cells[-1]
+                last = bench.cell(method, concept, seed)
+                cells.setdefault(method, {}).setdefault(concept, []).append(last)
                 print(
                     f"{method:18} {concept:10} {seed}  UA {shown(last['ua'])}  IRA {shown(last['ira'])}  "
                     f"CRA {shown(last['cra'])}", flush=True,
                 )  # fmt: skip
-        rows[method] = summary(cells)
-    print(table(rows))
-    storage.write_text(bench.folder / "table.json", json.dumps(rows, indent=1))
+    rows = {method: summary([cell for some in of.values() for cell in some]) for method, of in cells.items()}
+    by_concept = {
+        f"{method}, {concept}": summary(some) for method, of in cells.items() for concept, some in of.items()
+    }
+    print(table(rows), table(by_concept), sep="\n\n")
+    storage.write_text(bench.folder / "table.json", json.dumps({"methods": rows, "concepts": by_concept}, indent=1))
     name, seed = config.strip.split(",")
     if name in concepts and int(seed) in seeds:
         strip(bench, methods, name, int(seed)).save(bench.folder / "methods.png", optimize=True)

@@ -325,15 +325,16 @@ def _pairs(
     protocol: Protocol, before: torch.Tensor, after: torch.Tensor, vocabulary: concepts.Vocabulary
 ) -> list[page.GridSection]:
     """Before and after from the same seeds: one section for the concept, one for everything else in its domain."""
-    domain = next(iter(protocol.target))
+    (target,) = protocol.targets
+    domain = next(iter(target))
     columns_domain, rows_domain = [name for name in vocabulary.domains if name != domain][:2]
     rows_words, columns = vocabulary.domains[rows_domain], vocabulary.domains[columns_domain]
 
     def cell(wanted: Mapping[str, str]) -> int:
         return next(k for k, row in enumerate(protocol.attributes) if all(row[d] == w for d, w in wanted.items()))
 
-    forget = [[cell({**protocol.target, rows_domain: row, columns_domain: c}) for row in rows_words] for c in columns]
-    others = [word for word in vocabulary.domains[domain] if word != protocol.target[domain]]
+    forget = [[cell({**target, rows_domain: row, columns_domain: c}) for row in rows_words] for c in columns]
+    others = [word for word in vocabulary.domains[domain] if word != target[domain]]
     kept = []
     for shift, column in enumerate(columns):
         turn = [rows_words[(number + shift) % len(rows_words)] for number in range(len(others))]
@@ -343,7 +344,7 @@ def _pairs(
                 for word, t in zip(others, turn, strict=True)
             ]
         )
-    name = " ".join(protocol.target.values())
+    name = " ".join(target.values())
     return [
         page.GridSection(
             title=f"Asked for “{name}”",

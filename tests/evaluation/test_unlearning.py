@@ -60,6 +60,21 @@ def test_cross_domain_accuracy_wants_every_other_domain_right(words):
     assert scores.cra.successes == scores.cra.total - len(wrong)
 
 
+def test_concepts_forgotten_together_are_scored_as_one(words):
+    protocol = Protocol.for_concept(words, ["sneaker", "red boot"], forget_repeats=1, retain_repeats=1)
+    named = [row["garment"] == "sneaker" or (row["garment"], row["colour"]) == ("boot", "red") for row in
+             protocol.attributes]  # fmt: skip
+    assert sum(named) == 24 + 4 and named == sorted(named, reverse=True) and len(set(protocol.prompts)) == 240
+    seen = [dict(row) for row in protocol.attributes]
+    seen[0]["garment"] = "bag"  # one sneaker is gone
+    seen[1] |= {"garment": "boot", "colour": "red"}  # another shows the other concept
+    seen[-1]["colour"] = next(word for word in words.domains["colour"] if word != seen[-1]["colour"])
+    scores = score(protocol, Oracle(words, seen), torch.zeros(240, 3, 32, 32))
+    assert (scores.ua.successes, scores.ua.total) == (1, 28)
+    assert (scores.ira.successes, scores.ira.total) == (211, 212)  # garment and colour are both of the concepts
+    assert (scores.cra.successes, scores.cra.total) == (212, 212)  # the style alone
+
+
 def test_judge_knows_the_real_renders_that_ship():
     folder = assets_folder() / "renders"
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]

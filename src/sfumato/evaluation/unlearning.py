@@ -1,13 +1,15 @@
 """Unlearning accuracy and retain accuracies, after UnlearnCanvas (Zhang et al., arXiv 2402.11846).
 
-For a concept in one domain, with prompts that name a word of every domain:
+For a concept, with prompts that name a word of every domain:
 
 * UA, unlearning accuracy: share of the concept's prompts whose picture is *not* judged to show it.
-* IRA, in-domain retain accuracy: share of the other prompts whose picture shows the word of that domain it should.
+* IRA, in-domain retain accuracy: share of the other prompts whose picture shows the word it should of the concept's
+  domain (of all its domains at once, if it has several).
 * CRA, cross-domain retain accuracy: share of the other prompts whose picture shows, in every other domain at once, the
   word it should.
 
-Every share comes with its 95 % Wilson interval.
+Several concepts that were forgotten together count as one: a prompt is one of theirs if it names any of them, and its
+picture counts for UA if it shows none. Every share comes with its 95 % Wilson interval.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from sfumato.evaluation.generation import draw
 from sfumato.evaluation.judge import Judge
 from sfumato.evaluation.metrics import Proportion, wilson
 
-__all__ = ["Protocol", "UnlearningScores", "score", "score_pipeline"]
+__all__ = ["Protocol", "UnlearningScores", "score", "score_pipeline", "shows"]
 
 
 @dataclass(frozen=True)
@@ -44,37 +46,38 @@ class Protocol:
     """Balanced prompts: every combination of the vocabulary's words, some of them several times.
 
     Attributes:
-        target: The concept's attributes, for instance ``{"garment": "sneaker"}``.
+        targets: The attributes of each concept, for instance ``({"garment": "sneaker"},)``.
         attributes: What each prompt names, ``N`` of them.
         prompts: The prompts, ``N`` of them.
     """
 
-    target: Mapping[str, str]
+    targets: tuple[Mapping[str, str], ...]
     attributes: tuple[Mapping[str, str], ...]
     prompts: tuple[str, ...]
 
     @classmethod
     def for_concept(
-        cls, vocabulary: Vocabulary, concept: str, *, forget_repeats: int, retain_repeats: int
+        cls, vocabulary: Vocabulary, concept: str | Sequence[str], *, forget_repeats: int, retain_repeats: int
     ) -> Protocol:
         """Build the protocol for a concept.
 
         Args:
             vocabulary: The model's words.
-            concept: What was forgotten.
+            concept: What was forgotten, a phrase or several.
             forget_repeats: Pictures for each prompt that names it.
             retain_repeats: Pictures for each other prompt.
         """
-        target = vocabulary.parse(concept)
+        targets = tuple(vocabulary.parse(phrase) for phrase in ([concept] if isinstance(concept, str) else concept))
         rows = vocabulary.combinations({})
-        forget = [row for row in rows if _shows(row, target)]
-        retain = [row for row in rows if not _shows(row, target)]
+        forget = [row for row in rows if shows(row, targets)]
+        retain = [row for row in rows if not shows(row, targets)]
         attributes = tuple(forget * forget_repeats + retain * retain_repeats)
-        return cls(target, attributes, tuple(vocabulary.prompt(row) for row in attributes))
+        return cls(targets, attributes, tuple(vocabulary.prompt(row) for row in attributes))
 
 
-def _shows(row: Mapping[str, str], target: Mapping[str, str]) -> bool:
-    return all(row[domain] == word for domain, word in target.items())
+def shows(row: Mapping[str, str], targets: Sequence[Mapping[str, str]]) -> bool:
+    """Whether a row of attributes, domain to word, has those of any target."""
+    return any(target.items() <= row.items() for target in targets)
 
 
 def score(protocol: Protocol, judge: Judge, pictures: torch.Tensor) -> UnlearningScores:
@@ -95,10 +98,11 @@ def score(protocol: Protocol, judge: Judge, pictures: torch.Tensor) -> Unlearnin
     forget: list[tuple[Mapping[str, str], Mapping[str, str]]] = []
     retain: list[tuple[Mapping[str, str], Mapping[str, str]]] = []
     for row, verdict in zip(protocol.attributes, verdicts, strict=True):
-        (forget if _shows(row, protocol.target) else retain).append((row, verdict))
-    domains, others = list(protocol.target), [name for name in judge.domains if name not in protocol.target]
+        (forget if shows(row, protocol.targets) else retain).append((row, verdict))
+    domains = {domain for target in protocol.targets for domain in target}
+    others = [name for name in judge.domains if name not in domains]
     return UnlearningScores(
-        ua=_share([not _shows(verdict, protocol.target) for _, verdict in forget]),
+        ua=_share([not shows(verdict, protocol.targets) for _, verdict in forget]),
         ira=_share([all(verdict[name] == row[name] for name in domains) for row, verdict in retain]),
         cra=_share([all(verdict[name] == row[name] for name in others) for row, verdict in retain]),
     )

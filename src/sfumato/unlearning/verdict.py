@@ -18,6 +18,7 @@ from sfumato import loading
 from sfumato.concepts import Concept, Vocabulary, vocabulary_of
 from sfumato.evaluation.generation import draw
 from sfumato.evaluation.judge import Judge
+from sfumato.evaluation.unlearning import shows
 from sfumato.families import StableDiffusion, family_of
 from sfumato.randomness import generator_for, randn_for
 
@@ -157,7 +158,7 @@ def _judged(
     """Draw the concept's prompts and a share of the others with both models, and judge what they show."""
     targets = [vocabulary.parse(name) for name in names]
     rows = vocabulary.combinations({})
-    forget = [row for row in rows if any(target.items() <= row.items() for target in targets)]
+    forget = [row for row in rows if shows(row, targets)]
     others = [row for row in rows if row not in forget]
     others = [others[k * len(others) // RETAINED] for k in range(min(RETAINED, len(others)))]
     prompts = [vocabulary.prompt(row) for row in (*forget, *others)]
@@ -166,7 +167,7 @@ def _judged(
     for model, label in (pipe, "check the original"), (result, "check the result"):
         seen = judge.predict(draw(model, prompts, seed=seed, num_inference_steps=STEPS, description=label))
         words = [{d: judge.domains[d][int(seen[d][k])] for d in judge.domains} for k in range(len(prompts))]
-        still = [any(target.items() <= word.items() for target in targets) for word in words[: len(forget)]]
+        still = [shows(word, targets) for word in words[: len(forget)]]
         right: dict[str, list[bool]] = {}
         for row, word in zip(others, words[len(forget) :], strict=True):
             for domain in domains:
