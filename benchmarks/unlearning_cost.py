@@ -2,9 +2,9 @@
 
 Side by side on the embedded model, at one number of steps and one batch: the methods by their recipes, and
 straightforward implementations of the released algorithms, which walk a new trajectory for every sample of every step
-(and of every step of every attack) and ask the original model again. They learn by the recipe's optimiser and rates;
-samples of a step share their level, which the released code, with one sample a step, has no need to. Denoiser
-evaluations are samples that pass through a denoiser, counted as they happen; a guided prediction is two. A
+(and of every step of every attack) and ask the original model again. They learn by the recipe's optimiser and rates and
+attack as it says; samples of a step share their level, which the released code, with one sample a step, has no need to.
+Denoiser evaluations are samples that pass through a denoiser, counted as they happen; a guided prediction is two. A
 straightforward run of fewer steps than the recipe's is extrapolated, which the table says, and has no scores.
 """
 
@@ -159,15 +159,20 @@ class Released:
         table = self.pipe.text_encoder.get_input_embeddings().weight.detach()
         start = torch.tensor(self.draw(len(table), len(prompts) * self.settings.attack_tokens))
         delta = table[start].view(len(prompts), self.settings.attack_tokens, -1).clone().requires_grad_()
-        optimizer = torch.optim.Adam([delta], lr=self.settings.attack_learning_rate)
-        for _ in range(self.settings.attack_steps):  # the gradient is never cleared
+        radius, rate = float(table.norm(dim=1).max()), self.settings.attack_learning_rate
+        optimizer = torch.optim.Adam([delta], lr=rate)
+        for _ in range(self.settings.attack_steps):
             latents, when = self.partial_sample(prompts)
             wanted = self.ask(latents, when, prompts)
             said = self.original(latents, when, self.embed(prompts, delta)).sample
             error = (said - wanted).square().flatten(1).mean(1).sum()
             gradient = torch.autograd.grad(error, delta)[0]
-            delta.grad = gradient if delta.grad is None else delta.grad + gradient
-            optimizer.step()
+            if self.settings.attack == "released":  # the gradient is never cleared
+                delta.grad = gradient if delta.grad is None else delta.grad + gradient
+                optimizer.step()
+            else:
+                delta.data -= rate * gradient / gradient.flatten(1).norm(dim=1)[:, None, None]
+                delta.data *= (radius / delta.data.norm(dim=2, keepdim=True)).clamp(max=1)
         return delta.detach()
 
     def embed(self, prompts: list[str], delta: torch.Tensor | None) -> torch.Tensor:
