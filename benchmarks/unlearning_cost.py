@@ -2,8 +2,8 @@
 
 Side by side on the embedded model, at one number of steps and one batch: the methods by their recipes, and
 straightforward implementations of the released algorithms, which walk a new trajectory for every sample of every step
-(and of every step of every attack) and ask the original model again. They learn by the recipe's optimiser and rates and
-attack as it says; samples of a step share their level, which the released code, with one sample a step, has no need to.
+(and of every step of every attack) and ask the original model again. They learn by the recipe's optimiser and rates
+and attack as it says; samples of a step share their level, which the released code, with one sample a step, need not.
 Denoiser evaluations are samples that pass through a denoiser, counted as they happen; a guided prediction is two. A
 straightforward run of fewer steps than the recipe's is extrapolated, which the table says, and has no scores.
 """

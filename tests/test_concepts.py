@@ -136,8 +136,21 @@ def test_what_is_no_text_is_refused(settings, message):
 
 
 def test_anchor_equal_to_the_concept_is_refused():
-    with pytest.raises(ValueError, match="is the concept itself"):
-        resolve(OTHER, "Dog", anchor="dog")
+    for anchor in ("dog", " dog "):
+        with pytest.raises(ValueError, match="is the concept itself"):
+            resolve(OTHER, "Dog", anchor=anchor)
+    with pytest.raises(ValueError, match="The anchor 'a big dog' names 'dog'"):
+        resolve(OTHER, "dog", anchor="a big dog")
+    assert resolve(OTHER, "grumpy cat", anchor="cat").anchors[0] == "cat"
+
+
+def test_blanks_do_not_matter():
+    assert resolve(OTHER, " big  dog ", anchor="a  cat") == resolve(OTHER, "big dog", anchor="a cat")
+
+
+def test_a_comma_does_not_make_two_concepts_of_one():
+    assert resolve(OTHER, "red, sneaker").phrases == ("red, sneaker",)
+    assert resolve(OTHER, ["red", "sneaker"]).phrases == ("red", "sneaker")
 
 
 def test_lists_of_different_lengths_are_refused():

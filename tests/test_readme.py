@@ -150,6 +150,29 @@ def closed_form(line, folder):
     assert "UCE" in printed and "RECE" in printed
 
 
+def compare_methods(line, folder):
+    words = line.split()
+    few = ["--methods", "uce", "--concepts", "sneaker", "--seeds", "0", "--pictures", "24", "--attacked", "2"]
+    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], *few, "--stronger", "uce"], folder)
+    assert "| uce |" in printed and "| uce, sneaker |" in printed
+    assert (folder / "bench-unlearning" / "methods.png").exists()
+    again = run([sys.executable, str(ROOT / words[1]), *words[2:], *few, "--stronger", "uce"], folder)
+    assert again == printed  # from the cells that the first run left
+
+
+def costs(line, folder):
+    words = line.split()
+    few = ["--steps", "2", "--esd_steps", "1", "--retain_repeats", "0"]
+    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
+    assert printed.count("x fewer evaluations") == 2
+
+
+def salun_step(line, folder):
+    words = line.split()
+    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], "--steps", "1", "--rounds", "1"], folder)
+    assert "throughput" in printed
+
+
 def edits(line, folder):
     words = line.split()
     few = ["--pictures", "2", "--num_inference_steps", "4"]
@@ -175,12 +198,25 @@ RUNS = {
 }
 
 
-SLOW = ["python benchmarks/samplers.py"]  # it tries many settings even on few pictures
+OTHERS = {  # commands that the README does not show
+    "python benchmarks/unlearning.py --output bench-unlearning": compare_methods,
+    "python benchmarks/unlearning_cost.py": costs,
+    "python benchmarks/salun_step.py": salun_step,
+    "python benchmarks/salun_step.py --model sd15": salun_step,
+}
 
 
-@pytest.mark.parametrize("line", [pytest.param(line, marks=[pytest.mark.slow] * (line in SLOW)) for line in RUNS])
+SLOW = [
+    "python benchmarks/samplers.py",  # it tries many settings even on few pictures
+    "python benchmarks/salun_step.py --model sd15",  # it needs 20 GB
+]
+
+
+@pytest.mark.parametrize(
+    "line", [pytest.param(line, marks=[pytest.mark.slow] * (line in SLOW)) for line in (*RUNS, *OTHERS)]
+)
 def test_command_runs(line, tmp_path):
-    RUNS[line](line, tmp_path)
+    {**RUNS, **OTHERS}[line](line, tmp_path)
 
 
 FEWER = """

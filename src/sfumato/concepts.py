@@ -47,6 +47,7 @@ class Concept:
         anchors: What each of these prompts should mean afterwards, ``N`` of them.
         retain: Prompts that must keep their meaning.
         names: What in each of the prompts is the concept, said alone, ``N`` of them; none given: the prompts.
+        phrases: The phrases that were given, of which `name` is made; none given: the name.
     """
 
     name: str
@@ -54,9 +55,12 @@ class Concept:
     anchors: tuple[str, ...]
     retain: tuple[str, ...]
     names: tuple[str, ...] = ()
+    phrases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the lists fit together and do not contradict each other."""
+        if not self.phrases:
+            object.__setattr__(self, "phrases", (self.name,))
         if not self.names:
             object.__setattr__(self, "names", self.prompts)
         if len(self.names) != len(self.prompts):
@@ -191,7 +195,15 @@ class Vocabulary:
                     "forgotten too; name another with anchor=..."
                 )
             for number, one in enumerate(self.combinations(target, partial=True)):
-                prompts[self.prompt(one, number)] = self.prompt({**one, **replacement}, number)
+                shown = {**one, **replacement}
+                for other, instead in zip(targets, replacements, strict=True):
+                    shown = {**shown, **instead} if _names(shown, other) else shown
+                if any(_names(shown, other) for other in targets):
+                    raise ValueError(
+                        f"{self.prompt(one)!r} would become {self.prompt(shown)!r}, which is to be forgotten too; "
+                        "forget these concepts one after the other, or name another anchor=..."
+                    )
+                prompts[self.prompt(one, number)] = self.prompt(shown, number)
                 names[self.prompt(one, number)] = self.prompt(target)
         for prompt in retain or ():
             if prompt.strip() and any(_names(self.parse(prompt), target) for target in targets):
@@ -202,8 +214,9 @@ class Vocabulary:
             kept = [one for one in self.combinations({}, partial=True) if not any(_names(one, t) for t in targets)]
             retain = tuple(dict.fromkeys(self.prompt(one, number) for number, one in enumerate(kept)))
         return Concept(
-            ", ".join(forget), tuple(prompts), tuple(prompts.values()), tuple(retain), tuple(names.values())
-        )
+            ", ".join(forget), tuple(prompts), tuple(prompts.values()), tuple(retain), tuple(names.values()),
+            tuple(forget),
+        )  # fmt: skip
 
 
 def _names(attributes: Mapping[str, str], target: Mapping[str, str]) -> bool:
@@ -211,11 +224,14 @@ def _names(attributes: Mapping[str, str], target: Mapping[str, str]) -> bool:
     return all(attributes.get(domain) == word for domain, word in target.items())
 
 
-def _refuse_contradictions(phrases: Sequence[str], anchor: str | None, retain: Sequence[str]) -> None:
+def refuse_contradictions(phrases: Sequence[str], anchor: str | None, retain: Sequence[str]) -> None:
+    """Refuse, with a ValueError, an anchor or a prompt to retain that names a phrase to be forgotten."""
     for phrase in phrases:
-        if anchor is not None and anchor.strip().lower() == phrase.strip().lower():
+        pattern = re.compile(rf"\b{re.escape(phrase)}\b", re.IGNORECASE)
+        if anchor is not None and anchor.lower() == phrase.lower():
             raise ValueError(f"The anchor of {phrase!r} is the concept itself; name something else to show instead.")
-        pattern = re.compile(rf"\b{re.escape(phrase.strip())}\b", re.IGNORECASE)
+        if anchor is not None and pattern.search(anchor):
+            raise ValueError(f"The anchor {anchor!r} names {phrase!r}, which is to be forgotten; name something else.")
         for prompt in retain:
             if pattern.search(prompt):
                 raise ValueError(f"{prompt!r} is to be retained but names {phrase!r}, which is to be forgotten.")
@@ -242,10 +258,10 @@ def vocabulary_of(pipe: DiffusionPipeline) -> Vocabulary | None:
 
 
 def _texts(name: str, values: Any) -> list[str]:
-    """Give a list of texts as it is; ValueError if it is something else."""
+    """Give a list of texts, with single blanks; ValueError if it is something else."""
     if not isinstance(values, Sequence) or not all(isinstance(value, str) for value in values):
         raise ValueError(f"`{name}` must be text, or a list of texts, got {values!r}.")
-    return list(values)
+    return [" ".join(value.split()) for value in values]
 
 
 def resolve(
@@ -271,11 +287,13 @@ def resolve(
     """
     phrases = _texts("forget", [forget] if isinstance(forget, str) else forget)
     retain = None if retain is None else _texts("retain", [retain] if isinstance(retain, str) else retain)
-    if anchor is not None and not _texts("anchor", [anchor])[0].strip():
-        raise ValueError("`anchor` is empty: name what to show instead, or leave it out for the default.")
+    if anchor is not None:
+        (anchor,) = _texts("anchor", [anchor])
+        if not anchor:
+            raise ValueError("`anchor` is empty: name what to show instead, or leave it out for the default.")
     if not phrases or not all(phrase.strip() for phrase in phrases):
         raise ValueError("There is nothing to forget: `forget` is empty. Name a concept, for instance 'sneaker'.")
-    _refuse_contradictions(phrases, anchor, retain or ())
+    refuse_contradictions(phrases, anchor, retain or ())
     vocabulary = vocabulary_of(pipe)
     if vocabulary is not None:
         return vocabulary.concept(phrases, anchor, retain)
@@ -287,4 +305,4 @@ def resolve(
         scenes = [prompt for prompt in COMMON_PROMPTS if not any(phrase in prompt.lower() for phrase in lowered)]
         retain = [*scenes, *(prompt for prompt in replaced if prompt)]
     retained = tuple(dict.fromkeys(retain))
-    return Concept(", ".join(phrases), tuple(prompts), tuple(replaced), retained, tuple(names))
+    return Concept(", ".join(phrases), tuple(prompts), tuple(replaced), retained, tuple(names), tuple(phrases))

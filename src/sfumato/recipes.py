@@ -75,7 +75,7 @@ def read_recipe(path: str | Path, method: str) -> Recipe:
     """Read a recipe and check that it is one for `method`; see `find_recipe`."""
     try:
         content = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} is not a recipe: it must map settings to values.")

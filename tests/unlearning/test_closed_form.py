@@ -159,7 +159,8 @@ def test_prompt_that_reads_like_its_anchor_is_refused(family):
 
 
 CONCEPT = Concept(
-    "sneaker, coat", ("a sneaker", "a red sneaker", "coat"), ("a bag", "a red bag", ""), ("a dress",)
+    "sneaker, coat", ("a sneaker", "a red sneaker", "coat"), ("a bag", "a red bag", ""), ("a dress",),
+    phrases=("sneaker", "coat"),
 )  # fmt: skip
 
 
@@ -210,3 +211,12 @@ def test_model_that_transforms_its_embeddings_first_is_refused(family):
 def test_bad_settings_get_one_sentence(settings, message):
     with pytest.raises(ValueError, match=message):
         EditConfig(**settings)
+
+
+def test_anchor_that_ends_as_the_subject_does_keeps_its_last_token():
+    """ "grumpy cat" becomes "cat": cat is given what cat gives, not grumpy what the start token gives."""
+    from sfumato.unlearning.closed_form import _aligned
+
+    assert _aligned([5, 7], [7], 10, "last") == (range(2, 3), range(1, 2))
+    assert _aligned([5, 7], [], 10, "last") == (range(2, 3), range(0, 1))
+    assert _aligned([5, 7, 8], [6, 7, 8], 10, "last") == (range(1, 2), range(1, 2))

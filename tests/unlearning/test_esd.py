@@ -253,3 +253,9 @@ def test_training_moves_the_prediction_away_from_the_concept(family):
     history = train(task.model, ours, replace(training, steps=60, learning_rate=5e-3))
     first, last = (sum(row["erase"] for row in rows) for rows in (history[:15], history[-15:]))
     assert last < 0.5 * first
+
+
+def test_eta_towards_the_concept_is_refused():
+    with pytest.raises(ValueError, match="must not train towards the concept"):
+        ESDConfig(eta=-3.0)
+    ESDConfig(eta=0.0, eta_convention="erase_from")  # -1 in the paper's: nothing to learn, which is no harm

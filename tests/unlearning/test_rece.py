@@ -171,6 +171,14 @@ def test_released_choice_keeps_the_anchor_alone(tiny_pipe, family):
     assert torch.allclose(unlearned(tiny_pipe, **settings), expected.float(), atol=1e-6)
 
 
+def test_held_out_prompts_work_in_half_precision(tiny_pipe, tmp_path):
+    tiny_pipe.to(torch.bfloat16)
+    result = sfumato.unlearn(
+        tiny_pipe, "a sneaker", "rece", held_out_prompts=["my old sneaker"], held_out_pictures=1, epochs=1
+    )
+    assert result.unet.dtype == torch.bfloat16
+
+
 def test_held_out_prompts_choose_the_epoch_with_the_greatest_loss_on_their_pictures(tiny_pipe, tmp_path):
     chosen = unlearned(
         tiny_pipe, held_out_prompts=["my old sneaker"], held_out_pictures=1, epochs=2, output_dir=tmp_path

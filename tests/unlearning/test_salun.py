@@ -317,6 +317,15 @@ def test_mask_of_another_base_is_refused(tiny_pipe, tmp_path):
         sfumato.unlearn(tiny_pipe, "a sneaker", mask_path=str(tmp_path / "saliency_mask.safetensors"), **SMALL)
 
 
+@pytest.mark.parametrize(("made", "used"), [("full", "xattn"), ("xattn", "full")])
+def test_mask_of_other_parameters_is_refused_before_the_work(tiny_pipe, tmp_path, made, used):
+    sfumato.unlearn(tiny_pipe, "a sneaker", output_dir=tmp_path / "one", parameters=made, **SMALL)
+    mask = str(tmp_path / "one" / "saliency_mask.safetensors")
+    with pytest.raises(ValueError, match="is a mask of other parameters: it has "):
+        sfumato.unlearn(tiny_pipe, "a sneaker", output_dir=tmp_path / "two", parameters=used, mask_path=mask, **SMALL)
+    assert not (tmp_path / "two" / "examples").exists()
+
+
 @pytest.mark.parametrize("steps", [1, 5])
 def test_run_that_ruins_the_weights_writes_neither_checkpoint_nor_result(tiny_pipe, tmp_path, steps):
     with pytest.raises(NonFiniteLossError, match="nothing of it was saved"):

@@ -190,7 +190,7 @@ def test_registry_says_that_it_needs_neither_training_nor_pictures():
     [
         ({"technique": "erase"}, "`technique` must be one of replace, tensor, got 'erase'"),
         ({"steps": 10}, "Unknown setting 'steps'"),
-        ({"anchor": "a  sneaker"}, "same embeddings"),
+        ({"anchor": "a  sneaker"}, "is the concept itself"),
         ({"retain": []}, "retain set is empty"),
         ({"lambda_abs": 0.0}, "both 0"),
     ],

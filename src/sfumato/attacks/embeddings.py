@@ -22,13 +22,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from sfumato.families import Conditioning, StableDiffusion, family_of
 from sfumato.randomness import randint_for
 from sfumato.settings import check_seed, check_types
+from sfumato.trainer import TrainingConfig, make_accelerator
 from sfumato.unlearning.embedding_attack import (
     INSERTIONS,
     find_embeddings,
@@ -122,7 +122,7 @@ def attack_embeddings(
     walking = TrajectoryConfig(
         trajectory_steps=config.levels, trajectory_guidance=config.guidance, trajectory_batch_size=config.batch_size
     )
-    walker = Walker(source, PromptTable(source, [*prompts, ""]), walking, Accelerator())
+    walker = Walker(source, PromptTable(source, [*prompts, ""]), walking, make_accelerator(TrainingConfig()))
     found = []
     parts = range(0, len(prompts), config.batch_size)
     with frozen(*victim.parts.values()):

@@ -124,6 +124,8 @@ class AdvUnlearnConfig(TrajectoryConfig):
         for name in ("retain_steps", "retain_batch_size", "retain_trajectories", "attack_steps", "attack_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.eta < -1:
+            raise ValueError(f"`eta` must not train towards the concept: it must be at least -1, got {self.eta:g}.")
         for name in ("retain_weight", "warmup_rounds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")

@@ -206,7 +206,7 @@ def prompt_pairs(concept: Concept, templates: str) -> list[tuple[str, str]]:
     if templates == "concept":
         return list(anchors.items())
     bare = []
-    for phrase in concept.name.split(", "):
+    for phrase in concept.phrases:
         having = [prompt for prompt in concept.prompts if phrase.lower() in prompt.lower()]
         if not having:
             raise ValueError(f"No prompt of the concept has the words {phrase!r}; use templates='concept'.")
@@ -250,8 +250,8 @@ def _aligned(tokens: Sequence[int], others: Sequence[int], length: int, position
     """Positions of a prompt and those of its anchor; token k of a prompt's own stands at k + 1, behind the start."""
     if positions == "all":
         return range(length), range(length)
-    alike = 0  # tokens at the end that both have; the subject keeps at least one
-    while alike < min(len(tokens) - 1, len(others)) and tokens[-1 - alike] == others[-1 - alike]:
+    alike = 0  # tokens at the end that both have; the subject keeps at least one, and so does an anchor that has any
+    while alike < min(len(tokens) - 1, max(len(others) - 1, 0)) and tokens[-1 - alike] == others[-1 - alike]:
         alike += 1
     last, last_other = len(tokens) - alike, len(others) - alike  # an empty anchor's is the start token
     count = 1 if positions == "last" else length - max(last, last_other)

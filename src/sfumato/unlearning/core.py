@@ -11,6 +11,7 @@ import copy
 import difflib
 import importlib
 import json
+import logging
 import platform
 import resource
 import shutil
@@ -35,7 +36,10 @@ from sfumato.unlearning.saliency import mask_density
 from sfumato.unlearning.task import ExampleConfig, Task
 from sfumato.unlearning.verdict import pronounce, require_known
 
-__all__ = ["METHODS", "ExampleConfig", "Method", "method_named", "unlearn"]
+__all__ = ["METHODS", "ExampleConfig", "Method", "configure", "method_named", "unlearn"]
+
+
+logger = logging.getLogger(__name__)
 
 
 class Method(NamedTuple):
@@ -46,12 +50,16 @@ class Method(NamedTuple):
         config: The name of its config there.
         trains: Whether it trains, rather than solves an equation.
         examples: Whether it sees pictures.
+        anchors: Whether it is told what to show instead.
+        retains: Whether it is told what to keep.
     """
 
     module: str
     config: str
     trains: bool = True
     examples: bool = True
+    anchors: bool = True
+    retains: bool = True
 
     @property
     def config_class(self) -> Any:
@@ -75,13 +83,13 @@ class Method(NamedTuple):
 
 METHODS = {
     "salun": Method("sfumato.unlearning.salun", "SalUnConfig"),
-    "esd": Method("sfumato.unlearning.esd", "ESDConfig", examples=False),
-    "advunlearn": Method("sfumato.unlearning.advunlearn", "AdvUnlearnConfig", examples=False),
+    "esd": Method("sfumato.unlearning.esd", "ESDConfig", examples=False, anchors=False, retains=False),
+    "advunlearn": Method("sfumato.unlearning.advunlearn", "AdvUnlearnConfig", examples=False, anchors=False),
     "rece": Method("sfumato.unlearning.rece", "RECEConfig", trains=False, examples=False),
     "uce": Method("sfumato.unlearning.uce", "UCEConfig", trains=False, examples=False),
     "concept_ablation": Method("sfumato.unlearning.concept_ablation", "ConceptAblationConfig"),
     "doco": Method("sfumato.unlearning.doco", "DoCoConfig"),
-    "gradient_ascent": Method("sfumato.unlearning.gradient_ascent", "GradientAscentConfig"),
+    "gradient_ascent": Method("sfumato.unlearning.gradient_ascent", "GradientAscentConfig", anchors=False),
     "proximal": Method("sfumato.unlearning.proximal", "ProximalConfig"),
 }
 
@@ -128,9 +136,14 @@ def unlearn(
     family.check_dtypes()
     chosen_method = method_named(method)
     concept = concepts.resolve(pipe, forget, anchor=anchor, retain=retain)
+    for name, given, used in (("anchor", anchor, chosen_method.anchors), ("retain", retain, chosen_method.retains)):
+        if given is not None and not used:
+            logger.warning(
+                f"{method} has no use for `{name}`: it only tells the check at the end what to compare with."
+            )
     found = recipes.find_recipe(method, pipe, forget, recipe)
     chosen = {**found.settings, **settings}
-    configs = {type(config): config for config in _configure(chosen_method.configs, chosen)}
+    configs = {type(config): config for config in configure(chosen_method.configs, chosen)}
     config = configs[chosen_method.config_class]
     sources, training = configs.get(ExampleConfig, ExampleConfig()), configs.get(TrainingConfig, TrainingConfig())
     names = family.trainable_parameters(config.parameters, config.part)
@@ -182,12 +195,12 @@ def method_named(method: str) -> Method:
     return METHODS[method]
 
 
-def _configure(classes: Sequence[Any], settings: Mapping[str, Any]) -> list[Any]:
-    """Share settings out among config classes by field name."""
+def configure(classes: Sequence[Any], settings: Mapping[str, Any]) -> list[Any]:
+    """Share settings out among config classes by field name; ValueError if one is unknown or wrong."""
     known = {field.name for cls in classes for field in fields(cls)}
     for name in settings:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+            close = difflib.get_close_matches(str(name), known, n=1)
             raise ValueError(f"Unknown setting {name!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
     return [cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings}) for cls in classes]
 

@@ -85,6 +85,11 @@ class ESDConfig(TrajectoryConfig):
         super().__post_init__()
         if self.eta_convention not in ("paper", "erase_from"):
             raise ValueError(f"`eta_convention` must be 'paper' or 'erase_from', got {self.eta_convention!r}.")
+        if self.paper_eta < -1:
+            raise ValueError(
+                f"`eta` must not train towards the concept: it must be at least -1 in the paper's "
+                f"convention, got {self.paper_eta:g}."
+            )
         if self.trajectories not in ("frozen", "trained"):
             raise ValueError(f"`trajectories` must be 'frozen' or 'trained', got {self.trajectories!r}.")
         if self.direction == "name" and self.erase_from is not None:

@@ -160,8 +160,11 @@ def _captions(path: Path) -> dict[str, str]:
         return {}
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        return {row["file_name"]: row["text"] for row in rows if row.get("text")}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        found = {row["file_name"]: row["text"] for row in rows if row.get("text")}
+        if not all(isinstance(text, str) for text in found.values()):
+            raise TypeError("a text is no string")
+        return found
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is malformed ({error}): each line must be JSON with 'file_name' and 'text'."
         ) from error

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 from sfumato import concepts, loading, recipes
 from sfumato.arguments import make_parser
-from sfumato.unlearning.core import method_named, unlearn
+from sfumato.unlearning.core import configure, method_named, unlearn
 
 __all__ = ["JobConfig", "main"]
 
@@ -53,7 +53,9 @@ def main(method: str, arguments: Sequence[str] | None = None) -> None:
         early = parser.parse_known_args(arguments)[0]
         pipe = loading.load(early.model)
         concepts.resolve(pipe, early.forget, anchor=early.anchor, retain=early.retain)  # says what is wrong with it
-        parser.set_defaults(**recipes.find_recipe(method, pipe, early.forget, early.recipe).settings)
+        recipe = recipes.find_recipe(method, pipe, early.forget, early.recipe)
+        configure(chosen.configs, recipe.settings)  # says what is wrong with it
+        parser.set_defaults(**recipe.settings)
         job, *configs = parser.parse_args_into_dataclasses(arguments)
         settings = {name: value for config in configs for name, value in asdict(config).items()}
         unlearn(

@@ -88,7 +88,9 @@ class DenoisingResidual:
         losses = torch.zeros(len(self.captions), dtype=torch.float64)
         for start in range(0, len(self.captions), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            conditioning = family.encode_prompts(self.captions[rows])
+            conditioning = {
+                name: values.to(dtype) for name, values in family.encode_prompts(self.captions[rows]).items()
+            }
             for number, timestep in enumerate(self.timesteps):
                 latents, noise = (
                     values.to(family.device) for values in (self.latents[rows], self.noise[number, rows])

@@ -159,10 +159,13 @@ def check(task: Task, config: SalUnConfig) -> None:
             raise ValueError(
                 f"{config.mask_path} was computed for another base model; leave out mask_path to make one."
             )
-        missing = sorted(set(task.trained()) - set(masks))
-        if missing:
+        missing, surplus = sorted(set(task.trained()) - set(masks)), sorted(set(masks) - set(task.trained()))
+        if missing or surplus:
+            odd = (
+                f"it has none for {missing[0]}, which is" if missing else f"it has one for {surplus[0]}, which is not"
+            )
             raise ValueError(
-                f"{config.mask_path} is a mask of other parameters: it has none for {missing[0]}, which is trained."
+                f"{config.mask_path} is a mask of other parameters: {odd} trained."
                 " Choose the same `parameters` as the run that made it, or leave out mask_path."
             )
 

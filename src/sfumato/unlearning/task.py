@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from sfumato import storage
-from sfumato.concepts import Concept
+from sfumato.concepts import Concept, refuse_contradictions
 from sfumato.families import StableDiffusion
 from sfumato.settings import check_types
 from sfumato.trainer import Objective, TrainingConfig, train
@@ -61,9 +61,12 @@ class ExampleConfig:
         for name in ("forget_examples", "retain_examples", "anchor_examples", "example_steps", "example_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for folder in (self.forget_images, self.retain_images):
-            if folder is not None and not Path(folder).is_dir():
+        folders = [Path(folder) for folder in (self.forget_images, self.retain_images) if folder is not None]
+        for folder in folders:
+            if not folder.is_dir():
                 raise FileNotFoundError(f"There is no image folder {folder}.")
+        if len(folders) == 2 and folders[0].samefile(folders[1]):
+            raise ValueError(f"The pictures of {folders[0]} are to be forgotten and retained; give two folders.")
 
 
 @dataclass
@@ -187,7 +190,9 @@ class Task:
         """Read the user's pictures, if there are any: what is wrong with them is then known before the long work."""
         for kind in ("forget", "retain"):
             if getattr(self.sources, f"{kind}_images") is not None:
-                self.examples(kind)
+                captions = self.examples(kind).prompts
+                if kind == "retain":
+                    refuse_contradictions(self.concept.phrases, None, sorted(set(captions)))
 
     def train(self, objective: Objective, description: str, masks: Masks | None = None) -> History:
         """Train the model.

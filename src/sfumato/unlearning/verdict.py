@@ -65,7 +65,7 @@ class Verdict:
             f"prompts by {self.drifted:.2f} of what their prompts do."
         )
         if self.gone is None or self.neighbours is None:
-            return text
+            return f"{text} There is no judge that knows {name!r}: draw it, to see whether it is gone."
         state = f"{name!r} is gone" if self.gone >= GONE else f"{name!r} is NOT gone"
         shares = ", ".join(f"{word} {100 * a:.0f} -> {100 * b:.0f} %" for word, (a, b) in self.neighbours.items())
         seen = f"{100 * self.gone:.0f} % of its pictures do not show it"
@@ -93,7 +93,7 @@ def pronounce(pipe: DiffusionPipeline, result: DiffusionPipeline, concept: Conce
         judge = _judge_of(vocabulary)
     if vocabulary is None or judge is None:
         return Verdict(moved, drifted)
-    return Verdict(moved, drifted, **_judged(pipe, result, vocabulary, judge, concept.name.split(", "), seed))
+    return Verdict(moved, drifted, **_judged(pipe, result, vocabulary, judge, concept.phrases, seed))
 
 
 @torch.no_grad()
