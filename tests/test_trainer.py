@@ -95,6 +95,20 @@ def test_mask_holds_even_if_moments_were_filled_before_it():
     assert (model.weight.diag() != before.diag()).all()
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_masked_out_weights_keep_their_bits_without_being_put_back(optimizer):
+    """Zeros of both signs included."""
+    model, mask = linear(), torch.eye(3, dtype=torch.bool)
+    with torch.no_grad():
+        model.weight[0, 1], model.weight[1, 0] = 0.0, -0.0
+    before = model.weight.detach().clone()
+    config = TrainingConfig(steps=5, learning_rate=0.05, optimizer=optimizer)
+    train(model, Regression(), config, masks={"weight": mask})
+    after = model.weight.detach()
+    assert torch.equal(after.view(torch.int32)[~mask], before.view(torch.int32)[~mask])
+    assert (after[mask] != before[mask]).all()
+
+
 def test_loss_that_is_not_a_number_stops_with_the_last_good_weights(tmp_path):
     model, good = linear(), linear()
     with pytest.raises(NonFiniteLossError, match="nan at step 9"):

@@ -193,9 +193,9 @@ class NonFiniteLossError(RuntimeError):
 class MaskedUpdate:
     """Keep masked-out weights bit-identical through any optimiser, by masking the update and not only the gradient.
 
-    Gradients are masked before each step, so moments never learn of masked-out weights; the weights themselves are put
-    back after it, so neither weight decay nor momentum from elsewhere can move them. Only the masked-out values are
-    kept, not a second copy of the model.
+    Gradients are masked before each step, so moments never learn of masked-out weights, and without weight decay and
+    moments from elsewhere their update is an exact zero. Otherwise they are put back after each step; then only the
+    masked-out values are kept, not a second copy of the model.
 
     Args:
         optimizer: The optimiser whose parameters are masked.
@@ -204,9 +204,10 @@ class MaskedUpdate:
 
     def __init__(self, optimizer: torch.optim.Optimizer, masks: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
         self._outside = {parameter: ~mask for parameter, mask in masks.items()}
-        self._frozen = {parameter: parameter.detach()[out].clone() for parameter, out in self._outside.items()}
         optimizer.register_step_pre_hook(self._mask_gradients)
-        optimizer.register_step_post_hook(self._restore)
+        if optimizer.state or any(group["weight_decay"] for group in optimizer.param_groups):
+            self._frozen = {parameter: parameter.detach()[out].clone() for parameter, out in self._outside.items()}
+            optimizer.register_step_post_hook(self._restore)
 
     def _mask_gradients(self, *_: Any) -> None:
         for parameter, outside in self._outside.items():
