@@ -113,8 +113,12 @@ def _unlearn(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from sfumato.unlearning.core import METHODS
     from sfumato.unlearning.job import main as run_job
 
+    usage = f"usage: sfumato unlearn METHOD --forget CONCEPT --output FOLDER ...; methods: {', '.join(METHODS)}"
+    if options.method is None and {"-h", "--help"} & set(rest):
+        print(usage)
+        return
     if options.method not in METHODS:
-        sys.exit(f"usage: sfumato unlearn METHOD --forget CONCEPT --output FOLDER ...; methods: {', '.join(METHODS)}")
+        sys.exit(usage)
     run_job(options.method, list(rest))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -170,6 +171,14 @@ class StableDiffusion:
     def denoiser(self) -> torch.nn.Module:
         """The network that methods train."""
         return self.pipe.unet
+
+    @property
+    def origin(self) -> str | None:
+        """The Hub id that the model was loaded from, or its folder's name; None if it was made otherwise."""
+        origin = self.pipe.config.get("_name_or_path")
+        if not origin:
+            return None
+        return Path(origin).name if Path(origin).is_dir() else str(origin)
 
     @property
     def device(self) -> torch.device:

@@ -231,6 +231,7 @@ def train(
     identity: Mapping[str, Any] | None = None,
     accelerator: Accelerator | None = None,
     description: str = "train",
+    on_checkpoint: Callable[[], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train the parameters of a model that require gradients, in place.
 
@@ -244,6 +245,7 @@ def train(
         identity: What makes this run this run (base model, concept, method); a checkpoint with another is refused.
         accelerator: The process group to use; made from `config` if None.
         description: The progress bar's label.
+        on_checkpoint: Called on every process after each checkpoint.
 
     Returns:
         One row a step: ``step``, ``loss``, each named term, ``learning_rate``, ``seconds`` since the start.
@@ -300,6 +302,8 @@ def train(
                 folder, step + 1, identity=run_identity, weights=parameters, optimizer=optimizer, average=average,
                 state=_state_of(objective), history=history, keep=config.keep_checkpoints,
             )  # fmt: skip
+        if due and folder is not None and on_checkpoint is not None:
+            on_checkpoint()
     with torch.no_grad():
         for name, value in average.items():
             parameters[name].copy_(value)

@@ -203,6 +203,9 @@ def test_interrupted_run_resumes_to_the_same_bits(tiny_pipe, tmp_path, settings,
     resumed = sfumato.unlearn(tiny_pipe, "a sneaker", "esd", output_dir=tmp_path / "cut", resume=True, **options)
     assert weights(resumed) == weights(whole)
     assert not (tmp_path / "cut" / "examples").exists()
+    counted = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("whole", "cut")]
+    assert counted[0]["denoiser_evaluations"] == counted[1]["denoiser_evaluations"]
+    assert counted[1]["seconds"] > 0
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ def test_method_forgets_two_concepts_on_the_embedded_model(method, atelier, tmp_
         ["unlearn", method, "--forget", "sneaker", "boot", "--output", str(output), "--no_verify", *shortened(method)]
     )
     manifest = json.loads((output / "manifest.json").read_text())
-    assert manifest["method"] == method and manifest["forget"] == "sneaker, boot"
+    assert manifest["method"] == method and manifest["forget"] == "sneaker, boot" and manifest["model"] == "atelier"
+    assert manifest["concept"]["phrases"] == ["sneaker", "boot"] and manifest["seconds"] > 0
     recipe = recipes.find_recipe(method, atelier, ["sneaker", "boot"]).settings
     kept = {name: value for name, value in recipe.items() if name not in FEW}
     assert {name: manifest["settings"][name] for name in kept} == kept

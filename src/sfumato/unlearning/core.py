@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from sfumato import concepts, recipes, storage
 from sfumato.families import family_of
 from sfumato.trainer import TrainingConfig, make_accelerator, preflight
+from sfumato.unlearning.costs import Costs
 from sfumato.unlearning.pruning import prune
 from sfumato.unlearning.saliency import mask_density
 from sfumato.unlearning.task import ExampleConfig, Task
@@ -156,7 +157,8 @@ def unlearn(
     }  # fmt: skip
     accelerator = make_accelerator(training, folder)
     model = _trainable_copy(family.parts[config.part], names)
-    task = Task(family, concept, model, sources, training, identity, accelerator, folder, resume)
+    costs = Costs(accelerator, folder, resume=resume, began=began)
+    task = Task(family, concept, model, sources, training, identity, accelerator, folder, resume, costs=costs)
     implementation: Any = importlib.import_module(chosen_method.module)
     if hasattr(implementation, "check"):
         implementation.check(task, config)
@@ -170,19 +172,19 @@ def unlearn(
     model.to(accelerator.device)
     require_known(family, concept)
     task.read_folders()
-    with _counting(family.denoiser, model if config.part == "denoiser" else None) as evaluations:
+    with _counting(costs.counted, family.denoiser, model if config.part == "denoiser" else None):
         history, facts = implementation.run(task, config)
-    facts = {**facts, "denoiser_evaluations": int(accelerator.reduce(evaluations.to(accelerator.device)).item())}
+    evaluations = costs.so_far()["denoiser_evaluations"]
     _cast(model.requires_grad_(False), next(family.parts[config.part].parameters()).dtype)
     result = family.with_parts({config.part: model})
     if verify and accelerator.is_main_process:
         verdict = pronounce(pipe, result, concept, training.seed)
         facts = {**facts, "verdict": verdict.as_dict(), "expected": dict(found.expected)}
         tqdm.write(verdict.sentence(concept.name, found.expected.get("ua")), file=sys.stderr)
+    facts = {**facts, "denoiser_evaluations": evaluations, "seconds": costs.so_far()["seconds"]}
     if folder is not None and accelerator.is_main_process:
         settings_used = {name: value for part in configs.values() for name, value in asdict(part).items()}
         manifest = _manifest(task, method, settings_used, facts)
-        manifest["seconds"] = round(time.perf_counter() - began, 1)
         _write_result(result, concepts.vocabulary_of(pipe), folder, history, manifest)
     accelerator.wait_for_everyone()
     return result
@@ -206,16 +208,15 @@ def configure(classes: Sequence[Any], settings: Mapping[str, Any]) -> list[Any]:
 
 
 @contextmanager
-def _counting(*denoisers: torch.nn.Module | None) -> Iterator[torch.Tensor]:
-    """Count the samples that pass through denoisers; a guided prediction is two."""
-    count = torch.zeros((), dtype=torch.int64)
+def _counting(count: torch.Tensor, *denoisers: torch.nn.Module | None) -> Iterator[None]:
+    """Add the samples that pass through denoisers to `count`; a guided prediction is two."""
 
     def see(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         count.add_(len(args[0] if args else kwargs["sample"]))
 
     hooks = [denoiser.register_forward_pre_hook(see, with_kwargs=True) for denoiser in denoisers if denoiser]
     try:
-        yield count
+        yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -255,6 +256,8 @@ def _manifest(task: Task, method: str, settings: Mapping[str, Any], facts: Mappi
         "forget": concept.name,
         "anchors": sorted(set(concept.anchors)),
         "retain_prompts": len(concept.retain),
+        "concept": asdict(concept),
+        "model": task.family.origin,
         "settings": dict(settings),
         **pruned,
         **facts,

@@ -20,6 +20,7 @@ from sfumato.concepts import Concept, refuse_contradictions
 from sfumato.families import StableDiffusion
 from sfumato.settings import check_types
 from sfumato.trainer import Objective, TrainingConfig, train
+from sfumato.unlearning.costs import Costs
 from sfumato.unlearning.examples import Examples, PromptTable, draw_examples, read_image_folder
 
 __all__ = ["ExampleConfig", "History", "Masks", "Task", "TrainedConfig"]
@@ -117,6 +118,7 @@ class Task:
         output_dir: Where checkpoints, logs and extra files go; None writes nothing.
         resume: Continue from the newest checkpoint.
         kept: False where pruning has set a weight to zero; empty without pruning.
+        costs: What the run has cost so far; None keeps no count.
     """
 
     family: StableDiffusion
@@ -129,6 +131,7 @@ class Task:
     output_dir: Path | None = None
     resume: bool = False
     kept: Masks = field(default_factory=dict)
+    costs: Costs | None = None
     _examples: dict[str, Examples] = field(default_factory=dict)
 
     @property
@@ -183,7 +186,7 @@ class Task:
         )  # fmt: skip
         if path is not None and self.accelerator.is_main_process:
             storage.save_tensors(path, {"latents": drawn.mean}, {"key": key})
-        self.accelerator.wait_for_everyone()
+        self.note_costs()
         return drawn
 
     def read_folders(self) -> None:
@@ -210,4 +213,11 @@ class Task:
         return train(
             self.model, objective, self.training, output_dir=self.output_dir, masks=both, resume=self.resume,
             identity=self.identity, accelerator=self.accelerator, description=description,
+            on_checkpoint=self.note_costs,
         )  # fmt: skip
+
+    def note_costs(self) -> None:
+        """Write down what the run has cost, at a point that a resumed run goes on from; all processes must call it."""
+        if self.costs is not None:
+            self.costs.note()
+        self.accelerator.wait_for_everyone()

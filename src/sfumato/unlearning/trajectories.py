@@ -409,7 +409,7 @@ def find_trajectories(task: Task, walker: Walker, prompts: Sequence[str], name: 
     if path is not None and task.accelerator.is_main_process:
         tensors = {"timesteps": walked.timesteps, "latents": walked.latents, **walked.noise}
         storage.save_tensors(path, tensors, {"key": key})
-    task.accelerator.wait_for_everyone()
+    task.note_costs()
     return walked
 
 
