@@ -174,14 +174,13 @@ def unlearn(
     task.read_folders()
     with _counting(costs.counted, family.denoiser, model if config.part == "denoiser" else None):
         history, facts = implementation.run(task, config)
-    evaluations = costs.so_far()["denoiser_evaluations"]
     _cast(model.requires_grad_(False), next(family.parts[config.part].parameters()).dtype)
     result = family.with_parts({config.part: model})
     if verify and accelerator.is_main_process:
         verdict = pronounce(pipe, result, concept, training.seed)
         facts = {**facts, "verdict": verdict.as_dict(), "expected": dict(found.expected)}
         tqdm.write(verdict.sentence(concept.name, found.expected.get("ua")), file=sys.stderr)
-    facts = {**facts, "denoiser_evaluations": evaluations, "seconds": costs.so_far()["seconds"]}
+    facts = {**facts, **costs.so_far()}
     if folder is not None and accelerator.is_main_process:
         settings_used = {name: value for part in configs.values() for name, value in asdict(part).items()}
         manifest = _manifest(task, method, settings_used, facts)
