@@ -200,12 +200,18 @@ class MaskedUpdate:
     Args:
         optimizer: The optimiser whose parameters are masked.
         masks: Parameter to `bool` tensor of its shape; False is frozen. Parameters without a mask train freely.
+        restore: False masks the gradients alone: what else the optimiser does, as weight decay, moves every weight.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, masks: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        masks: Mapping[torch.nn.Parameter, torch.Tensor],
+        restore: bool = True,
+    ) -> None:
         self._outside = {parameter: ~mask for parameter, mask in masks.items()}
         optimizer.register_step_pre_hook(self._mask_gradients)
-        if optimizer.state or any(group["weight_decay"] for group in optimizer.param_groups):
+        if restore and (optimizer.state or any(group["weight_decay"] for group in optimizer.param_groups)):
             self._frozen = {parameter: parameter.detach()[out].clone() for parameter, out in self._outside.items()}
             optimizer.register_step_post_hook(self._restore)
 
@@ -232,6 +238,7 @@ def train(
     accelerator: Accelerator | None = None,
     description: str = "train",
     on_checkpoint: Callable[[], None] | None = None,
+    restore_masked: bool = True,
 ) -> list[dict[str, float]]:
     """Train the parameters of a model that require gradients, in place.
 
@@ -246,6 +253,7 @@ def train(
         accelerator: The process group to use; made from `config` if None.
         description: The progress bar's label.
         on_checkpoint: Called on every process after each checkpoint.
+        restore_masked: Hold masked weights through whatever the optimiser does; see `MaskedUpdate`.
 
     Returns:
         One row a step: ``step``, ``loss``, each named term, ``learning_rate``, ``seconds`` since the start.
@@ -273,7 +281,8 @@ def train(
     model.to(accelerator.device)
     optimizer = _make_optimizer(parameters, config)
     if masks:
-        MaskedUpdate(optimizer, {parameters[name]: mask.to(accelerator.device) for name, mask in masks.items()})
+        frozen = {parameters[name]: mask.to(accelerator.device) for name, mask in masks.items()}
+        MaskedUpdate(optimizer, frozen, restore_masked)
     average = {n: p.detach().clone() for n, p in parameters.items()} if config.ema_decay is not None else {}
     start, history = 0, list[dict[str, float]]()
     checkpoint = checkpoints.newest(folder) if resume and folder else None

@@ -223,9 +223,11 @@ def test_warm_up_is_without_attack(family):
     assert ours.attacks == 1
 
 
-def test_turns_erase_then_retain_with_weight_one(family):
-    config = replace(CONFIG, retention="iter", retain_steps=2, retain_weight=0.1)
-    ours, regular = objective(family, config), objective(family, replace(CONFIG, retain_weight=1.0))
+@pytest.mark.parametrize("unweighted", [False, True])
+def test_turns_erase_then_retain_with_their_weight_or_as_released_without(family, unweighted):
+    config = replace(CONFIG, retention="iter", retain_steps=2, retain_weight=0.1, legacy_unweighted_turns=unweighted)
+    ours = objective(family, config)
+    regular = objective(family, replace(CONFIG, retain_weight=1.0 if unweighted else 0.1))
     model = shaken(ours.model)
     turns = [ours.losses(model, step, Shard(0, 1)) for step in range(4)]
     assert [bool(turn["forget"] > 0) for turn in turns] == [True, False, False, True]
@@ -234,6 +236,19 @@ def test_turns_erase_then_retain_with_weight_one(family):
     for step in range(3):
         ours.after_step(model, step, [Shard(0, 1)])
     assert ours.attacks == 1  # only before the turn that erases
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_states_of_a_step_have_times_of_their_own_or_as_released_one(family, shared):
+    ours = objective(family, replace(CONFIG, batch_size=4, legacy_shared_time=shared))
+    times = []
+    for step in range(6):
+        erased, kept = ours._erasing(step, range(4))[1], ours._retaining(step, Shard(0, 1))[1]
+        times.append({*erased.tolist(), *kept.tolist()})
+        halves = torch.cat([ours._erasing(step, half)[1] for half in (range(2), range(2, 4))])
+        assert torch.equal(erased, halves)  # whatever the processes
+    assert all(len(found) == 1 for found in times) == shared
+    assert len(set.union(*times)) > 1
 
 
 def test_counting_words_as_released_displaces_tokens_of_the_prompt(family):

@@ -132,7 +132,25 @@ def test_surgery_is_that_of_the_config(family, anchor):
         surgery: [part.item() for part in objective(family, anchor, surgery=surgery).combine(gradients)]
         for surgery in ("projection", "official")
     }
-    assert made == {"projection": [1.5, 1.5], "official": [1.0, 1.0]}  # 2 - 1 * (-1) * (-1)
+    assert made["projection"] == [1.5, 1.5]
+    length = 5**0.5  # to 1 of which the released code clips first; then 2 / length - 1 * (-1) * (-1)
+    assert made["official"] == pytest.approx([1 / length, 2 / length - 1])
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_discriminator_sees_the_model_as_updated_or_as_it_was(family, anchor, stale):
+    task = task_of(family)
+    ours = objective(family, anchor, task=task, legacy_stale_pictures=stale)
+    seen = []
+    ours.discriminator.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().clone()))
+    ours.losses(task.model, 0, WHOLE)
+    with torch.no_grad():
+        task.model.conv_out.bias += 0.5  # the step
+    ours.after_step(task.model, 0, [WHOLE])
+    made, shown = seen[:2]
+    assert torch.allclose(made, shown, atol=1e-5) == stale
+    ours.after_step(task.model, 0, [WHOLE])  # nothing of it is left for another time
+    assert not torch.allclose(made, seen[3], atol=1e-5)
 
 
 def test_step_is_taken_with_the_generator_s_gradient_without_its_conflicts(family, anchor, retain):

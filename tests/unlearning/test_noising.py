@@ -1,7 +1,7 @@
 import torch
 
 from sfumato.trainer import Shard
-from sfumato.unlearning.noising import noisy_batch
+from sfumato.unlearning.noising import noisy_batch, resampled
 
 WHOLE = Shard(0, 1)
 
@@ -31,6 +31,26 @@ def test_every_pass_shows_every_picture_once_in_another_order(family, forget):
     rows = [row for step in range(3) for row in draw(family, forget, step).rows]  # 12 of 6 pictures
     assert sorted(rows[:6]) == sorted(rows[6:]) == list(range(6))
     assert rows[:6] != rows[6:]
+
+
+def test_examples_come_in_their_own_order_or_always_from_the_first(family, forget):
+    for order, expected in ("sequential", [0, 1, 2, 3, 4, 5, 0, 1]), ("first", [0, 1, 2, 3, 0, 1, 2, 3]):
+        batches = [draw(family, forget, step, order=order) for step in range(2)]
+        assert [row for batch in batches for row in batch.rows] == expected
+        halves = [row for k in range(2) for row in draw(family, forget, 1, Shard(k, 2), order=order).rows]
+        assert halves == expected[4:]
+        assert not torch.equal(batches[0].noisy, batches[1].noisy)
+
+
+def test_resampling_changes_the_posterior_sample_and_neither_noise_nor_time(family, forget):
+    batch = draw(family, forget)
+    again = resampled(family, forget, batch)
+    root = family.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1).float().sqrt()
+    between = (again - batch.noisy) / root / forget.std[batch.rows]  # the difference of two samples of variance 1
+    assert 0.8 < between.std() / 2**0.5 < 1.2
+    drawn = type(forget)(forget.mean, torch.zeros_like(forget.std), forget.prompts)
+    plain = draw(family, drawn)
+    assert torch.equal(resampled(family, drawn, plain), plain.noisy)
 
 
 def test_draws_differ_between_steps_seeds_and_streams(family, forget):

@@ -8,9 +8,12 @@ from sfumato.unlearning.residual import DenoisingResidual
 SMALL = {"pictures": 2, "times": 3, "num_inference_steps": 2}
 
 
-def test_loss_is_the_equation(tiny_pipe, family):
+@pytest.mark.parametrize("scale", [1, 1e-3])
+def test_loss_is_the_equation(tiny_pipe, family, scale):
     """One prompt, one picture and one time, with the stock scheduler and the plain network."""
-    measure = DenoisingResidual(tiny_pipe, ["a bag"], pictures=1, times=1, num_inference_steps=2, seed=5)
+    measure = DenoisingResidual(
+        tiny_pipe, ["a bag"], pictures=1, times=1, num_inference_steps=2, seed=5, legacy_scaled_noise=scale < 1
+    )
     latents = tiny_pipe(
         "a bag", num_inference_steps=2, guidance_scale=7.5, generator=generator_for(5, 400, 0), output_type="latent"
     ).images
@@ -18,7 +21,16 @@ def test_loss_is_the_equation(tiny_pipe, family):
     noisy = tiny_pipe.scheduler.add_noise(latents, noise, time)
     with torch.no_grad():
         prediction = tiny_pipe.unet(noisy, time, tiny_pipe.encode_prompt(["a bag"], "cpu", 1, False)[0]).sample
-    assert measure(tiny_pipe).item() == pytest.approx(float((prediction - noise).square().mean()), rel=1e-5)
+    assert measure(tiny_pipe).item() == pytest.approx(float((prediction - scale * noise).square().mean()), rel=1e-5)
+
+
+def test_as_released_every_picture_is_asked_for_by_the_first_prompt(tiny_pipe):
+    prompts = ["a bag", "a sneaker"]
+    plain, first = (
+        DenoisingResidual(tiny_pipe, prompts, **SMALL, legacy_first_prompt=legacy)(tiny_pipe)
+        for legacy in (False, True)
+    )
+    assert torch.allclose(plain[0], first[0]) and not torch.allclose(plain[1], first[1])
 
 
 def test_loss_does_not_depend_on_the_batch_or_on_the_other_prompts(tiny_pipe):

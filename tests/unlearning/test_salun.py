@@ -112,6 +112,80 @@ def test_mask_ranks_the_absolute_sum_of_signed_gradients(family, forget):
     assert all(parameter.grad is None for parameter in family.denoiser.parameters())
 
 
+def gradients_of_the_mask(family, forget, table, indices):
+    """What a batch of the mask's pass asks of every weight of the network."""
+    total = 0
+    for i in indices:
+        key, shape = (0, MASK_STREAM, i), forget.mean.shape[1:]
+        latent = forget.mean[i] + forget.std[i] * randn_for([(*key, 0)], shape)
+        noise, timestep = randn_for([(*key, 1)], shape), randint_for([(*key, 2)], 1000)
+        noisy = family.pipe.scheduler.add_noise(latent, noise, timestep)
+        conditional, unconditional = (
+            family.pipe.unet(noisy, timestep, **table([prompt])).sample for prompt in (forget.prompts[i], "")
+        )
+        total = total - F.mse_loss(noise, 8.5 * conditional - 7.5 * unconditional)
+    found = torch.autograd.grad(total, list(family.denoiser.parameters()), allow_unused=True)
+    named = zip(family.denoiser.named_parameters(), found, strict=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in named}
+
+
+@pytest.mark.parametrize(
+    "setting", [{"mask_scope": "network"}, {"mask_accumulate": "absolute"}, {"legacy_inverted_mask": True}]
+)
+def test_masks_of_the_released_code(family, forget, setting):
+    table = PromptTable(family, PROMPTS)
+    every = dict(family.denoiser.named_parameters())
+    trained = family.trainable_parameters("xattn" if "mask_scope" in setting else "full")
+    batches = [gradients_of_the_mask(family, forget, table, rows) for rows in ([0, 1, 2, 3], [4, 5])]
+    for name, parameter in every.items():
+        parameter.requires_grad_(name in trained)
+    config = SalUnConfig(batch_size=4, mask_ratio=0.3, **setting)
+    masks, _ = saliency_mask(task_of(family), forget, table, config)
+    assert set(masks) == set(trained)
+    assert {name for name, parameter in every.items() if parameter.requires_grad} == set(trained)
+    if "mask_accumulate" in setting:
+        saliency = {name: batches[0][name].abs() + batches[1][name].abs() for name in every}
+    else:
+        saliency = {name: (batches[0][name] + batches[1][name]).abs() for name in every}
+    inverted = "legacy_inverted_mask" in setting
+    expected, _ = top_mask(saliency, 0.7 if inverted else 0.3)
+    agreement = sum(int((masks[name] == (expected[name] != inverted)).sum()) for name in masks)
+    assert agreement / sum(mask.numel() for mask in masks.values()) > 0.999
+    if "mask_scope" not in setting:
+        assert mask_density(masks) == pytest.approx(0.3, abs=1e-4)
+        plain, _ = saliency_mask(task_of(family), forget, table, SalUnConfig(batch_size=4, mask_ratio=0.3))
+        assert any(not torch.equal(masks[name], plain[name]) for name in masks)
+
+
+def test_released_ways_to_show_the_forget_set(family, forget, retain):
+    """The teacher sees another posterior sample; every step has the first pictures."""
+    model = family.denoiser
+    same = {prompt: prompt for prompt in ANCHORS}
+    one, two = (
+        objective(family, model, forget, retain, same, legacy_two_samples=two).losses(model, 0, Shard(0, 1))["forget"]
+        for two in (False, True)
+    )
+    assert one.item() < 1e-12 < 1e-6 < two.item()
+    drawn = Examples(forget.mean, torch.zeros_like(forget.std), forget.prompts)
+    assert (
+        objective(family, model, drawn, retain, same, legacy_two_samples=True)
+        .losses(model, 0, Shard(0, 1))["forget"]
+        .item()
+        < 1e-12
+    )
+    shown = [objective(family, model, forget, retain, forget_order="first")._batch(
+        forget, step, Shard(0, 1), FORGET_STREAM, "first") for step in range(2)]  # fmt: skip
+    assert list(shown[0].rows) == list(shown[1].rows) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("leaky", [False, True])
+def test_masking_gradients_alone_lets_weight_decay_through(tiny_pipe, leaky):
+    settings = {**SMALL, "optimizer": "adamw", "weight_decay": 0.1, "mask_ratio": 0.0}
+    result = sfumato.unlearn(tiny_pipe, "a sneaker", verify=False, legacy_gradient_mask=leaky, **settings)
+    same = [torch.equal(a, b) for a, b in zip(result.unet.parameters(), tiny_pipe.unet.parameters(), strict=True)]
+    assert all(same) != leaky
+
+
 def test_mask_covers_only_the_weights_that_are_trained(family, forget):
     names = set(family.trainable_parameters("xattn"))
     for name, parameter in family.denoiser.named_parameters():

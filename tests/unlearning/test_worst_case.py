@@ -215,6 +215,25 @@ def test_every_weight_moves_by_beta_or_not_at_all(tiny_pipe):
     assert (moved > 5e-4).float().mean() > 0.9
 
 
+def test_as_released_a_weight_moves_by_its_gradient(tiny_pipe):
+    training = TrainingConfig(steps=1, learning_rate=1e-3, optimizer="sgd")
+    ours = objective(tiny_pipe, [0.7, 0.2])
+    ours.signed = False
+    model = copy.deepcopy(tiny_pipe.unet).requires_grad_(True)
+    sum(ours.losses(model, 0, Shard(0, 1)).values()).backward()
+    expected = [p.detach() - 1e-3 * p.grad for p in model.parameters()]
+    model.zero_grad()
+    train(model, ours, training)
+    for weight, wished in zip(model.parameters(), expected, strict=True):
+        assert torch.allclose(weight, wished, atol=1e-8)
+    given = candidates(tiny_pipe)
+    one, other = (
+        sign_descent(tiny_pipe, given, steps=1, batch_size=2, signed=signed)(torch.ones(2).double() / 2)
+        for signed in (True, False)
+    )
+    assert storage.fingerprint(one.unet.named_parameters()) != storage.fingerprint(other.unet.named_parameters())
+
+
 def test_each_round_of_sign_descent_begins_at_the_original(tiny_pipe):
     before = storage.fingerprint(tiny_pipe.unet.named_parameters())
     unlearn = sign_descent(tiny_pipe, candidates(tiny_pipe), steps=2, batch_size=2)

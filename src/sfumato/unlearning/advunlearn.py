@@ -15,7 +15,7 @@ with E_theta the text encoder, which is trained (``train="text_encoder"``), or t
 (``train="denoiser"``). delta is the embeddings of k tokens (see `sfumato.unlearning.embedding_attack`), and gamma is
 ``retain_weight``. With ``direction="name"`` T leaves alone what else a prompt says, see
 `sfumato.unlearning.trajectories.erasing_target`. With ``retention="iter"`` steps take turns: one erases, the next
-``retain_steps`` retain, with weight 1. The first ``warmup_rounds`` rounds are without an attack.
+``retain_steps`` retain. The first ``warmup_rounds`` rounds are without an attack.
 
 The states z_t come from the original model if the text encoder is trained, and with them all targets: both are walked
 once (`sfumato.unlearning.trajectories`), which changes no term of the objective. If the denoiser is trained, it walks,
@@ -24,8 +24,9 @@ every ``refresh_every`` steps (1 is as released), those trajectories that the st
 Zhang, Chen, Jia, Zhang, Fan, Liu, Hong, Ding, Liu, "Defensive Unlearning with Adversarial Training for Robust Concept
 Erasure in Diffusion Models", NeurIPS 2024, arXiv 2405.15234. Where this differs from the released code: an attack
 never displaces the concept's own tokens, because they are counted as the tokenizer does (``legacy_word_count`` counts
-words); states have the times they were walked to (``legacy_level_mismatch``); forget and retain states have times of
-their own; no gradient is computed for weights that are not trained; batches may have any size.
+words); states have the times they were walked to (``legacy_level_mismatch``); every state of a step has a time of its
+own (``legacy_shared_time``); with ``"iter"`` gamma weighs the steps that retain (``legacy_unweighted_turns``); no
+gradient is computed for weights that are not trained; batches may have any size.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ __all__ = ["AdvUnlearnConfig", "AdvUnlearnObjective", "check", "run"]
 
 # keys that keep the random streams apart
 FORGET_BANK, RETAIN_BANK, RETAIN_PROMPTS, FORGET_STREAM, RETAIN_STREAM = 211, 212, 213, 214, 215
-ATTACK_STREAM, START_STREAM, REFRESH_STREAM = 216, 217, 218
+ATTACK_STREAM, START_STREAM, REFRESH_STREAM, LEVEL_STREAM = 216, 217, 218, 219
 
 
 @dataclass
@@ -74,7 +75,7 @@ class AdvUnlearnConfig(TrajectoryConfig):
         train: What to train, ``"text_encoder"`` or ``"denoiser"``.
         eta: How far to guide away from the concept.
         retention: ``"reg"``: erase and retain in one step; ``"iter"``: in turns.
-        retain_weight: gamma; of ``"reg"`` only, as released.
+        retain_weight: gamma.
         retain_steps: Steps that retain after each one that erases; of ``"iter"`` only.
         retain_batch_size: Retained states in a step, over all processes.
         retain_trajectories: Trajectories of retained prompts, one for each as far as they go.
@@ -90,6 +91,8 @@ class AdvUnlearnConfig(TrajectoryConfig):
         insertion: ``"prefix"``, ``"suffix"``, ``"replace"`` or ``"add"``.
         legacy_word_count: Take a prompt to have as many tokens as words, as released: if it has more, the attack
             displaces some.
+        legacy_shared_time: Draw one time for all states of a step, erased and retained, as released.
+        legacy_unweighted_turns: With ``"iter"``, let retaining steps have weight 1 whatever gamma is, as released.
     """
 
     batch_size: int = 1
@@ -110,6 +113,8 @@ class AdvUnlearnConfig(TrajectoryConfig):
     attack_tokens: int = 1
     insertion: str = field(default="prefix", metadata={"choices": list(INSERTIONS)})
     legacy_word_count: bool = False
+    legacy_shared_time: bool = False
+    legacy_unweighted_turns: bool = False
 
     def __post_init__(self) -> None:
         """Check the types and ranges."""
@@ -175,36 +180,38 @@ class AdvUnlearnObjective:
 
     def losses(self, model: torch.nn.Module, step: int, shard: Shard) -> Mapping[str, torch.Tensor]:
         """Give the terms ``forget`` and ``retain``; all states share one forward pass."""
-        config, (round_, turn) = self.config, divmod(step, self.config.period)
+        config, turn = self.config, step % self.config.period
         parts = []
         if turn == 0:
-            parts.append(self._erasing(round_, shard.of(self.batch_size)))
+            parts.append(self._erasing(step, shard.of(self.batch_size)))
         if config.retention == "reg" or turn > 0:
             parts.append(self._retaining(step, shard))
         latents, times, targets, tokens, embeddings = (torch.cat(column) for column in zip(*parts, strict=True))
         student = self._predict(model, latents, times, tokens, embeddings)
         errors = (student - targets).square().flatten(1).mean(1)  # (B + R,)
         forgotten = len(parts[0][0]) if turn == 0 else 0
-        weight = config.retain_weight if config.retention == "reg" else 1.0
+        weight = 1.0 if config.retention == "iter" and config.legacy_unweighted_turns else config.retain_weight
         none = errors.new_zeros(())
         return {
             "forget": errors[:forgotten].mean() if forgotten else none,
             "retain": weight * errors[forgotten:].mean() if forgotten < len(errors) else none,
         }
 
-    def _erasing(self, round_: int, positions: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        """Latents, times, targets, tokens and embeddings of a round's states of the concept, under the attack."""
+    def _erasing(self, step: int, positions: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """Latents, times, targets, tokens and embeddings of a step's states of the concept, under the attack."""
+        round_ = step // self.config.period
+        rows, levels = self._forget_states(round_, positions)
         away = "prompt" if self.config.direction == "prompt" else "source"
-        states = self.forget.at(
-            *self._forget_states(round_, positions), list(dict.fromkeys(("empty", "prompt", away)))
-        )
+        noises = list(dict.fromkeys(("empty", "prompt", away)))
+        states = self.forget.at(rows, self._shared(levels, step), noises)
         target = erasing_target(states.noise, "prompt", away, self.config.eta)
         delta = self.delta[list(positions)] if round_ >= self.config.warmup_rounds else None
         return states.latents, states.timesteps, target, *self._embed(states.prompts, delta)
 
     def _retaining(self, step: int, shard: Shard) -> tuple[torch.Tensor, ...]:
         """The same of a step's retained states."""
-        states = self.retain.at(*self._retain_states(step, shard), ("prompt",))
+        rows, levels = self._retain_states(step, shard)
+        states = self.retain.at(rows, self._shared(levels, step), ("prompt",))
         return states.latents, states.timesteps, states.noise["prompt"], *self._embed(states.prompts, None)
 
     def after_step(self, model: torch.nn.Module, step: int, shards: Sequence[Shard]) -> None:
@@ -296,6 +303,12 @@ class AdvUnlearnObjective:
         span = shard.of(self.config.retain_batch_size)
         start = step * self.config.retain_batch_size + span.start
         return shuffled_states(self.retain, self.seed + RETAIN_STREAM, start, len(span))
+
+    def _shared(self, levels: np.ndarray, step: int) -> np.ndarray:
+        """One level in the place of all, if the states of a step are to share their time."""
+        if not self.config.legacy_shared_time:
+            return levels
+        return np.full_like(levels, int(randint_for([(self.seed, LEVEL_STREAM, step)], self.forget.levels)))
 
     def _attack_states(
         self, round_: int, number: int, positions: Sequence[int], prompts: Sequence[str]

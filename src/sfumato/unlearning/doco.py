@@ -17,7 +17,8 @@ not otherwise added. Then D takes a step of its own on L_D.
 Wu, Zhou, Yang, Wang, Chang, Zhang, Wu, "Unlearning Concepts in Diffusion Model via Concept Domain Correction and
 Concept Preserving Gradient", AAAI 2025, arXiv 2405.15304. Where this differs from the released code: the surgery is
 the paper's projection (``surgery="official"`` is the code's); D's gradients hold nothing of L_G
-(``leak_generator_gradient``); D sees the pictures of the model as updated, not those of a step before; D normalises
+(``leak_generator_gradient``); D sees the pictures of the model as updated, not as it was before the step
+(``legacy_stale_pictures``); D normalises
 each latent alone, so that processes can share a batch (``discriminator_norm="batch"`` is the released one); D is
 warmed up before the first step, so ``steps`` counts those of the model; ``max_timestep`` can leave out the times at
 which :math:`1/\sqrt{A_t}` blows x_0 up; D has as many layers as the latents' size asks for; pictures are not flipped;
@@ -39,7 +40,7 @@ from sfumato.trainer import Shard
 from sfumato.unlearning.concept_ablation import start_token_without_gradient
 from sfumato.unlearning.discriminator import new_adam, patch_discriminator
 from sfumato.unlearning.examples import Examples
-from sfumato.unlearning.gradient_surgery import SURGERIES
+from sfumato.unlearning.gradient_surgery import SURGERIES, clipped
 from sfumato.unlearning.noising import NoisyBatch, noisy_batch
 from sfumato.unlearning.original import OriginalModel
 from sfumato.unlearning.task import History, Task, TrainedConfig
@@ -54,13 +55,15 @@ class DoCoConfig(TrainedConfig):
     """DoCo's hyper-parameters; the defaults are those its authors give for an object in Stable Diffusion 1.4.
 
     Attributes:
-        surgery: ``"projection"`` (the paper) or ``"official"`` (its code); see `gradient_surgery`.
+        surgery: ``"projection"`` (the paper) or ``"official"`` (its code, which first clips both gradients to a norm
+            of 1); see `gradient_surgery`.
         surgery_weight: lambda, how much of the conflict is taken out.
         prior: Pictures of L_pr: ``"anchor"`` (the paper) or ``"retain"``.
         discriminator_learning_rate: Of D's Adam.
         discriminator_warmup: Steps that D takes on the original model before the first of the model.
         discriminator_norm: ``"group"``, or ``"batch"``, which needs the whole batch on one process in one pass.
         leak_generator_gradient: Add the gradient of L_G to D's own, as the released code does by leaving it there.
+        legacy_stale_pictures: Show D the pictures that the model made before its step, as released.
         max_timestep: Draw the times that D sees below this; None draws them all.
         train_start_token: Let gradients pass through the start-of-text token's keys and values too.
     """
@@ -75,6 +78,7 @@ class DoCoConfig(TrainedConfig):
     discriminator_warmup: int = 1000
     discriminator_norm: str = field(default="group", metadata={"choices": ["group", "batch"]})
     leak_generator_gradient: bool = False
+    legacy_stale_pictures: bool = False
     max_timestep: int | None = None
     train_start_token: bool = False
 
@@ -120,6 +124,7 @@ class DoCoObjective:
         shape = (anchor.mean.shape[1], anchor.mean.shape[2], anchor.mean.shape[3])
         self.discriminator = patch_discriminator(shape, config.discriminator_norm, (self.seed, WEIGHTS_STREAM))
         self.discriminator.to(task.family.device)
+        self._stale: dict[tuple[int, Shard], torch.Tensor] = {}  # what a step made before it moved the weights
         self.adam, self._moments = new_adam(self.discriminator, config.discriminator_learning_rate)
 
     def losses(self, model: torch.nn.Module, step: int, shard: Shard) -> Mapping[str, torch.Tensor]:
@@ -134,16 +139,21 @@ class DoCoObjective:
         ).float()  # fmt: skip
         shown, remembered = predicted.chunk(2)
         fake, _ = self.family.split(shown, batch.noisy, batch.timesteps)
+        if self.config.legacy_stale_pictures:
+            self._stale[step, shard] = fake.detach()
         return {"generator": self._called(fake, 0.0), "prior": F.mse_loss(remembered, kept.target)}
 
     def combine(self, gradients: Mapping[str, list[torch.Tensor]]) -> list[torch.Tensor]:
         """Take out of the generator's gradient what works against the prior's."""
-        surgery = SURGERIES[self.config.surgery]
-        return surgery(gradients["generator"], gradients["prior"], self.config.surgery_weight)
+        both = [gradients["generator"], gradients["prior"]]
+        if self.config.surgery == "official":
+            both = [clipped(one) for one in both]
+        return SURGERIES[self.config.surgery](both[0], both[1], self.config.surgery_weight)
 
     def after_step(self, model: torch.nn.Module, step: int, shards: Sequence[Shard]) -> None:
         """Let the discriminator take a step on the pictures of this one."""
         self._train_discriminator(model, step, shards, ANCHOR_STREAM, leak=self.config.leak_generator_gradient)
+        self._stale.clear()
 
     def state(self) -> Mapping[str, torch.Tensor]:
         """Give the discriminator's weights and moments."""
@@ -177,8 +187,9 @@ class DoCoObjective:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the model makes of the concept's prompts and the original of the anchor's, ``(B, C, H, W)`` each."""
         batch, captions = self._pictures(step, shard, stream)
-        made = []
-        for network, prompts in ((model, captions), (self.teacher, batch.captions)):
+        stale = self._stale.get((step, shard)) if stream == ANCHOR_STREAM else None
+        made = [] if stale is None else [stale]
+        for network, prompts in ((model, captions), (self.teacher, batch.captions))[len(made) :]:
             with self.accelerator.autocast():
                 predicted = self.family.predict(network, batch.noisy, batch.timesteps, self.prompts(prompts))
             made.append(self.family.split(predicted.float(), batch.noisy, batch.timesteps)[0])

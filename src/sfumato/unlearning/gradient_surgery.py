@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-__all__ = ["SURGERIES", "official", "projection"]
+__all__ = ["SURGERIES", "clipped", "official", "projection"]
 
 Gradient = Sequence[torch.Tensor]
 
@@ -49,7 +49,7 @@ def official(gradient: Gradient, preserved: Gradient, weight: float = 1.0) -> li
     """Correct each tensor of a gradient as DoCo's released code does; see the module's docstring.
 
     Args:
-        gradient: g, a tensor for each parameter, clipped.
+        gradient: g, a tensor for each parameter; see `clipped`.
         preserved: r, likewise.
         weight: lambda.
 
@@ -57,6 +57,12 @@ def official(gradient: Gradient, preserved: Gradient, weight: float = 1.0) -> li
         The corrected gradient.
     """
     return [_corrected(g, r, weight) for g, r in zip(gradient, preserved, strict=True)]
+
+
+def clipped(gradient: Gradient, norm: float = 1.0) -> list[torch.Tensor]:
+    """Shorten a gradient to a norm over all tensors, if it is longer; the released code does so before `official`."""
+    length = torch.nn.utils.get_total_norm(list(gradient))
+    return [g * (norm / length).clamp(max=1) for g in gradient]
 
 
 def _corrected(gradient: torch.Tensor, preserved: torch.Tensor, weight: float) -> torch.Tensor:

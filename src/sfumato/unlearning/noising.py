@@ -17,7 +17,9 @@ from sfumato.randomness import permuted_indices, randint_for, randn_for
 from sfumato.trainer import Shard
 from sfumato.unlearning.examples import Examples
 
-__all__ = ["NoisyBatch", "noised", "noisy_batch"]
+__all__ = ["ORDERS", "NoisyBatch", "noised", "noisy_batch", "resampled"]
+
+ORDERS = ("shuffled", "sequential", "first")
 
 
 @dataclass(frozen=True)
@@ -28,22 +30,26 @@ class NoisyBatch:
         noisy: Noisy latents ``(B, C, H, W)``.
         timesteps: Their times ``(B,)``.
         target: What the network should predict ``(B, C, H, W)``; see `StableDiffusion.target`.
+        noise: The noise in them ``(B, C, H, W)``.
         rows: Which examples they are, ``(B,)``.
         captions: What they show.
+        keys: What they were drawn by, one each.
     """
 
     noisy: torch.Tensor
     timesteps: torch.Tensor
     target: torch.Tensor
+    noise: torch.Tensor
     rows: np.ndarray
     captions: list[str]
+    keys: list[tuple[int, ...]]
 
 
 def noisy_batch(
     family: StableDiffusion, examples: Examples, batch_size: int, step: int, shard: Shard, *, seed: int, stream: int,
-    max_timestep: int | None = None,
+    max_timestep: int | None = None, order: str = "shuffled",
 ) -> NoisyBatch:  # fmt: skip
-    """Draw a shard of a step's batch; every pass over the examples shuffles them anew.
+    """Draw a shard of a step's batch.
 
     Args:
         family: Noise schedule and prediction type.
@@ -54,10 +60,16 @@ def noisy_batch(
         seed: The run's.
         stream: What keeps these draws apart from others of the run.
         max_timestep: Draw times below this; None draws them all.
+        order: ``"shuffled"``: every pass over the examples shuffles them anew; ``"sequential"``: they come in their
+            own order; ``"first"``: every step has the first of them.
     """
     span = shard.of(batch_size)
     start = step * batch_size + span.start
-    rows = permuted_indices(seed + stream, len(examples), start, len(span))
+    if order == "shuffled":
+        rows = permuted_indices(seed + stream, len(examples), start, len(span))
+    else:
+        first = start if order == "sequential" else span.start
+        rows = np.arange(first, first + len(span)) % len(examples)
     keys = [(seed, stream, start + k) for k in range(len(span))]
     return noised(family, examples, rows, keys, max_timestep)
 
@@ -73,4 +85,21 @@ def noised(
     times = max_timestep or family.num_train_timesteps
     timesteps = randint_for([(*key, 2) for key in keys], times).to(family.device)
     noisy, target = family.add_noise(latents, noise, timesteps), family.target(latents, noise, timesteps)
-    return NoisyBatch(noisy, timesteps, target, rows, [examples.prompts[row] for row in rows])
+    captions = [examples.prompts[row] for row in rows]
+    return NoisyBatch(noisy, timesteps, target, noise, rows, captions, list(keys))
+
+
+def resampled(family: StableDiffusion, examples: Examples, batch: NoisyBatch) -> torch.Tensor:
+    """Noise a batch once more, at the same times with the same noise, on a posterior sample of its own.
+
+    Args:
+        family: Noise schedule.
+        examples: What the batch was drawn from.
+        batch: The batch.
+
+    Returns:
+        Noisy latents ``(B, C, H, W)``; those of the batch itself where the examples have no posterior.
+    """
+    posterior = randn_for([(*key, 3) for key in batch.keys], batch.noise.shape[1:])
+    latents = examples.latents(batch.rows, posterior).to(family.device)
+    return family.add_noise(latents, batch.noise, batch.timesteps)

@@ -36,6 +36,9 @@ class DenoisingResidual:
         guidance_scale: Guidance scale of a picture.
         batch_size: Pictures at a time.
         seed: Seeds the pictures and the noise.
+        legacy_scaled_noise: Compare predictions with a thousandth of their target, as the released code of Fan et al.
+            (arXiv 2403.07362) does, which measures how large a prediction is rather than how wrong.
+        legacy_first_prompt: Ask for the first prompt whatever a picture shows, as released.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class DenoisingResidual:
         guidance_scale: float = 7.5,
         batch_size: int = 32,
         seed: int = 0,
+        legacy_scaled_noise: bool = False,
+        legacy_first_prompt: bool = False,
     ) -> None:
         if not prompts:
             raise ValueError("There are no prompts to measure: give at least one.")
@@ -57,6 +62,8 @@ class DenoisingResidual:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         family = family_of(pipe)
         self.prompts, self.pictures, self.batch_size = tuple(prompts), pictures, batch_size
+        self.target_scale = 1e-3 if legacy_scaled_noise else 1.0
+        self.asked = [prompts[0] if legacy_first_prompt else prompt for prompt in prompts for _ in range(pictures)]
         self.captions = [prompt for prompt in prompts for _ in range(pictures)]
         self.latents = torch.cat(
             [
@@ -88,17 +95,14 @@ class DenoisingResidual:
         losses = torch.zeros(len(self.captions), dtype=torch.float64)
         for start in range(0, len(self.captions), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            conditioning = {
-                name: values.to(dtype) for name, values in family.encode_prompts(self.captions[rows]).items()
-            }
+            conditioning = {name: values.to(dtype) for name, values in family.encode_prompts(self.asked[rows]).items()}
             for number, timestep in enumerate(self.timesteps):
                 latents, noise = (
                     values.to(family.device) for values in (self.latents[rows], self.noise[number, rows])
                 )
                 times = torch.full((len(latents),), timestep, device=family.device)
                 noisy = family.add_noise(latents, noise, times).to(dtype)
-                error = family.predict(family.denoiser, noisy, times, conditioning) - family.target(
-                    latents, noise, times
-                )
+                target = self.target_scale * family.target(latents, noise, times)
+                error = family.predict(family.denoiser, noisy, times, conditioning) - target
                 losses[rows] += error.double().square().flatten(1).mean(1).cpu()
         return losses.view(len(self.prompts), self.pictures).mean(1) / len(self.timesteps)

@@ -17,15 +17,19 @@ forget pictures under a substitute caption c' while the retain pictures keep the
 The teacher ``sg[.]`` is the model being trained, detached; alpha is ``retain_weight``.
 
 Fan, Liu, Zhang, Wong, Wei, Liu, "SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency in Both Image
-Classification and Generation", ICLR 2024, arXiv 2310.12508. Where this differs from the released code: the mask is
-ranked over the weights that are trained, not over the whole network; the update is masked, not only the gradient, so
-the mask holds under AdamW; student and teacher see one posterior sample, not two; every pass shuffles the forget set.
+Classification and Generation", ICLR 2024, arXiv 2310.12508. Where this differs from the released code, with the
+setting that brings its way back: the mask is ranked over the weights that are trained, not over the whole network
+(``mask_scope``), by the sum of signed gradients, not of their sizes (``mask_accumulate``, until December 2023), and
+keeps the salient weights, not the others (``legacy_inverted_mask``, likewise); the update is masked, not the gradient
+alone, so that the mask holds under weight decay (``legacy_gradient_mask``), or not at all (``mask_ratio=1``, until May
+2024); student and teacher see one posterior sample, not two (``legacy_two_samples``); every pass shuffles the forget
+set (``forget_order``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -37,7 +41,7 @@ from tqdm.auto import tqdm
 from sfumato.families import StableDiffusion
 from sfumato.trainer import Shard
 from sfumato.unlearning.examples import Examples, PromptTable
-from sfumato.unlearning.noising import NoisyBatch, noised, noisy_batch
+from sfumato.unlearning.noising import ORDERS, NoisyBatch, noised, noisy_batch, resampled
 from sfumato.unlearning.saliency import load_mask, mask_density, save_mask, top_mask
 from sfumato.unlearning.task import History, Task, TrainedConfig
 
@@ -55,12 +59,25 @@ class SalUnConfig(TrainedConfig):
         mask_ratio: Share of the trained weights that may move; 1 trains all of them, 0 none.
         mask_guidance: g, the guidance of the prediction whose loss makes the mask.
         mask_path: A mask saved by an earlier run, used instead of computing one.
+        mask_scope: Rank ``"trained"`` weights, or the whole ``"network"``, so that of the trained another share moves.
+        mask_accumulate: Sum ``"signed"`` gradients, or their ``"absolute"`` values, batch by batch.
+        forget_order: ``"shuffled"`` anew in every pass, ``"sequential"``, or always the ``"first"`` batch.
+        legacy_inverted_mask: Let the least salient weights move.
+        legacy_gradient_mask: Mask the gradients alone, so that weight decay moves every weight.
+        legacy_two_samples: Show the teacher another posterior sample of each picture than the student; of pictures
+            from a folder only, as drawn ones have no posterior.
     """
 
     retain_weight: float = 0.5
     mask_ratio: float = 0.5
     mask_guidance: float = 7.5
     mask_path: str | None = None
+    mask_scope: str = field(default="trained", metadata={"choices": ["trained", "network"]})
+    mask_accumulate: str = field(default="signed", metadata={"choices": ["signed", "absolute"]})
+    forget_order: str = field(default="shuffled", metadata={"choices": list(ORDERS)})
+    legacy_inverted_mask: bool = False
+    legacy_gradient_mask: bool = False
+    legacy_two_samples: bool = False
 
     def __post_init__(self) -> None:
         """Check the types and ranges."""
@@ -69,6 +86,12 @@ class SalUnConfig(TrainedConfig):
             raise ValueError(f"`mask_ratio` must lie in [0, 1], got {self.mask_ratio}.")
         if self.retain_weight < 0:
             raise ValueError(f"`retain_weight` must not be negative, got {self.retain_weight}.")
+        for name, allowed in (
+            ("mask_scope", ("trained", "network")), ("mask_accumulate", ("signed", "absolute")),
+            ("forget_order", ORDERS),
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
 
 
 class SalUnObjective:
@@ -91,27 +114,31 @@ class SalUnObjective:
     ) -> None:  # fmt: skip
         self.family, self.teacher, self.prompts = family, teacher, prompts
         self.forget, self.retain, self.anchors = forget, retain, anchors
-        self.batch_size, self.retain_weight, self.seed = config.batch_size, config.retain_weight, seed
+        self.batch_size, self.config, self.seed = config.batch_size, config, seed
 
     def losses(self, model: torch.nn.Module, step: int, shard: Shard) -> Mapping[str, torch.Tensor]:
         """Give the terms ``forget`` and ``retain``; student and retain pictures share one forward pass."""
-        forget = self._batch(self.forget, step, shard, FORGET_STREAM)
-        retain = self._batch(self.retain, step, shard, RETAIN_STREAM)
+        config = self.config
+        forget = self._batch(self.forget, step, shard, FORGET_STREAM, config.forget_order)
+        retain = self._batch(self.retain, step, shard, RETAIN_STREAM, "shuffled")
         student = self.family.predict(
             model, torch.cat([forget.noisy, retain.noisy]), torch.cat([forget.timesteps, retain.timesteps]),
             self.prompts([*forget.captions, *retain.captions]),
         )  # fmt: skip
         student_f, student_r = student.float().chunk(2)
+        seen = resampled(self.family, self.forget, forget) if config.legacy_two_samples else forget.noisy
         with torch.no_grad():
             anchored = self.prompts([self.anchors[caption] for caption in forget.captions])
-            teacher = self.family.predict(self.teacher, forget.noisy, forget.timesteps, anchored).float()
+            teacher = self.family.predict(self.teacher, seen, forget.timesteps, anchored).float()
         return {
             "forget": F.mse_loss(student_f, teacher),
-            "retain": self.retain_weight * F.mse_loss(student_r, retain.target),
+            "retain": config.retain_weight * F.mse_loss(student_r, retain.target),
         }
 
-    def _batch(self, examples: Examples, step: int, shard: Shard, stream: int) -> NoisyBatch:
-        return noisy_batch(self.family, examples, self.batch_size, step, shard, seed=self.seed, stream=stream)
+    def _batch(self, examples: Examples, step: int, shard: Shard, stream: int, order: str) -> NoisyBatch:
+        return noisy_batch(
+            self.family, examples, self.batch_size, step, shard, seed=self.seed, stream=stream, order=order
+        )
 
 
 def saliency_mask(
@@ -120,16 +147,20 @@ def saliency_mask(
     """Compute the mask in one pass over the forget set, which the processes share.
 
     Args:
-        task: The model at its original weights; parameters that require gradients are ranked.
+        task: The model at its original weights; parameters that require gradients get a mask.
         forget: Examples of the concept.
         prompts: Embeddings of their prompts and of the empty prompt.
-        config: Guidance, ratio and batch size.
+        config: Guidance, ratio and batch size, and how to rank.
 
     Returns:
         Parameter name to `bool` mask, the same on every process, and the threshold gamma.
     """
     family, denoiser, accelerator = task.family, task.model, task.accelerator
-    guidance = config.mask_guidance
+    guidance, trained = config.mask_guidance, task.trained()
+    ranked = dict(denoiser.named_parameters()) if config.mask_scope == "network" else trained
+    sizes = {name: torch.zeros_like(p) for name, p in ranked.items()} if config.mask_accumulate == "absolute" else {}
+    for parameter in ranked.values():
+        parameter.requires_grad_(True)
     mine = range(accelerator.process_index, len(forget), accelerator.num_processes)
     batches = [list(mine[i : i + config.batch_size]) for i in range(0, len(mine), config.batch_size)]
     for index in tqdm(batches, desc="saliency", disable=not accelerator.is_main_process):
@@ -143,12 +174,23 @@ def saliency_mask(
         guided = (1 + guidance) * conditional - guidance * unconditional
         per_example = (guided - batch.target).pow(2).flatten(1).mean(1)
         (-per_example.sum()).backward()  # gradients add up in .grad, signed, in float32
+        for name, size in sizes.items():
+            parameter = ranked[name]
+            if parameter.grad is not None:
+                size += parameter.grad.abs()
+                parameter.grad = None
     saliency = {}
-    for name, parameter in task.trained().items():
-        gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+    for name, parameter in ranked.items():
+        gradient = parameter.grad if parameter.grad is not None else sizes.get(name, torch.zeros_like(parameter))
         saliency[name] = accelerator.reduce(gradient.float(), "sum").abs()
         parameter.grad = None
-    return top_mask(saliency, config.mask_ratio)
+        parameter.requires_grad_(name in trained)
+    if config.legacy_inverted_mask:
+        salient, threshold = top_mask(saliency, 1 - config.mask_ratio)
+        masks = {name: ~mask for name, mask in salient.items()}
+    else:
+        masks, threshold = top_mask(saliency, config.mask_ratio)
+    return {name: masks[name] for name in trained}, threshold
 
 
 def check(task: Task, config: SalUnConfig) -> None:
@@ -177,7 +219,7 @@ def run(task: Task, config: SalUnConfig) -> tuple[History, dict[str, Any]]:
     prompts = task.prompts(forget.prompts, retain.prompts, list(anchors.values()), [""])
     masks, facts = find_mask(task, forget, prompts, config)
     objective = SalUnObjective(task.family, task.model, forget, retain, anchors, prompts, config, task.seed)
-    return task.train(objective, "salun", masks), facts
+    return task.train(objective, "salun", masks, restore=not config.legacy_gradient_mask), facts
 
 
 def find_mask(
@@ -192,7 +234,8 @@ def find_mask(
     if task.output_dir is not None and task.accelerator.is_main_process:
         provenance = {
             **task.identity, **facts, "ratio": config.mask_ratio, "guidance": config.mask_guidance, "seed": task.seed,
-            "examples": len(forget), "accumulate": "signed",
+            "examples": len(forget), "accumulate": config.mask_accumulate, "scope": config.mask_scope,
+            "inverted": config.legacy_inverted_mask,
             "versions": {name: version(name) for name in ("sfumato", "torch", "diffusers")},
         }  # fmt: skip
         save_mask(task.output_dir / "saliency_mask.safetensors", masks, provenance)

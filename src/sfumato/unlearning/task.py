@@ -197,13 +197,16 @@ class Task:
                 if kind == "retain":
                     refuse_contradictions(self.concept.phrases, None, sorted(set(captions)))
 
-    def train(self, objective: Objective, description: str, masks: Masks | None = None) -> History:
+    def train(
+        self, objective: Objective, description: str, masks: Masks | None = None, *, restore: bool = True
+    ) -> History:
         """Train the model.
 
         Args:
             objective: What to minimise.
             description: The progress bar's label.
             masks: Weights that must not move, besides those pruned.
+            restore: Hold them through whatever the optimiser does; see `MaskedUpdate`.
         """
         both = dict(masks or {})
         names = self.trained()
@@ -213,7 +216,7 @@ class Task:
         return train(
             self.model, objective, self.training, output_dir=self.output_dir, masks=both, resume=self.resume,
             identity=self.identity, accelerator=self.accelerator, description=description,
-            on_checkpoint=self.note_costs,
+            on_checkpoint=self.note_costs, restore_masked=restore,
         )  # fmt: skip
 
     def note_costs(self) -> None:

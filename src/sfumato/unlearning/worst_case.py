@@ -18,9 +18,11 @@ weights as they are (`weighted_uce`); descent by sign, as in the paper (`sign_de
 candidates of greatest weight (`by_name`).
 
 Fan, Liu, Hero, Liu, "Challenging Forgets: Unveiling the Worst-Case Forget Sets in Machine Unlearning", ECCV 2024,
-arXiv 2403.07362. Where this differs from the released code: the sign step is taken (there `.step()` is plain SGD, so
-that diffusion models hardly forget); the upper loss is the prediction's (there the noise is divided by 1000); each
-prompt has its own embedding; and the set returned is the best that was tried, not the last.
+arXiv 2403.07362. Where this differs from the released code: the sign step is taken (``signed=False`` of
+`sign_descent` is the plain gradient step that is taken there, by which diffusion models hardly forget); the upper loss
+is the prediction's (there the noise is divided by 1000: ``legacy_scaled_noise`` of `DenoisingResidual`); each prompt
+has its own embedding (``legacy_first_prompt``, likewise); and the set returned is the best that was tried, not the
+last, which `WorstCase.history` has.
 """
 
 from __future__ import annotations
@@ -308,16 +310,17 @@ class SignDescentObjective:
         weights: w, ``(n,)``.
         batch_size: Pictures in a step.
         seed: Seeds order, noise and times.
+        signed: Step by the sign of the gradient; False: by the gradient.
     """
 
     def __init__(
         self, original: StableDiffusion, measure: DenoisingResidual, anchors: Sequence[str], weights: torch.Tensor,
-        batch_size: int, seed: int,
+        batch_size: int, seed: int, signed: bool = True,
     ) -> None:  # fmt: skip
         self.original, self.measure, self.weights = original, measure, weights
         self.anchors = [anchor for anchor in anchors for _ in range(measure.pictures)]
         self.prompts = PromptTable(original, [*measure.captions, *anchors])
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.signed = batch_size, seed, signed
 
     def losses(self, model: torch.nn.Module, step: int, shard: Shard) -> Mapping[str, torch.Tensor]:
         """Give the terms ``forget`` and ``retain``."""
@@ -340,7 +343,8 @@ class SignDescentObjective:
 
     def combine(self, gradients: Mapping[str, list[torch.Tensor]]) -> list[torch.Tensor]:
         """Give the sign of the whole gradient, which makes plain SGD sign descent."""
-        return [torch.stack(terms).sum(0).sign() for terms in zip(*gradients.values(), strict=True)]
+        whole = [torch.stack(terms).sum(0) for terms in zip(*gradients.values(), strict=True)]
+        return [gradient.sign() for gradient in whole] if self.signed else whole
 
 
 def sign_descent(
@@ -352,6 +356,7 @@ def sign_descent(
     batch_size: int = 32,
     parameters: str = "xattn",
     seed: int = 0,
+    signed: bool = True,
 ) -> Unlearner:
     """Make the paper's lower level: a few steps of descent by the sign of the weighted gradient.
 
@@ -359,10 +364,11 @@ def sign_descent(
         pipe: The original model, in float32.
         candidates: What may be forgotten; the first prompt of each is trained on.
         steps: Steps of each round, which begins at the original's weights.
-        learning_rate: beta: each weight moves by it in each step.
+        learning_rate: beta: each weight moves by it in each step; not so with ``signed=False``.
         batch_size: Pictures in a step.
         parameters: Which weights move; see `StableDiffusion.trainable_parameters`.
         seed: Seeds pictures, order, noise and times.
+        signed: Step by the sign of the gradient; False steps by the gradient itself, as the released code does.
     """
     family = family_of(pipe)
     if family.denoiser.dtype != torch.float32:
@@ -379,7 +385,7 @@ def sign_descent(
             parameter.requires_grad_(name in names)
         anchors = [one.anchors[0] for one in candidates]
         train(
-            model, SignDescentObjective(family, measure, anchors, weights, batch_size, seed), training,
+            model, SignDescentObjective(family, measure, anchors, weights, batch_size, seed, signed), training,
             description="sign descent",
         )  # fmt: skip
         return family.with_parts({"denoiser": model.requires_grad_(False)})
