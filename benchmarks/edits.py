@@ -76,8 +76,7 @@ def main(config: EditsConfig) -> None:
     results = []
     for method in METHODS:
         strips.append(edited(pipe, method, pictures, [row["text"] for row in chosen], new, config).cpu())
-        seen = judge.predict(strips[-1])
-        words = [{d: judge.domains[d][int(seen[d][k])] for d in judge.domains} for k in range(len(chosen))]
+        words = judge.describe(strips[-1])
         changed = sum(word["colour"] == colour for word, colour in zip(words, wanted, strict=True))
         kept = sum(
             word["garment"] == row["garment"] and word["style"] == row["style"]

@@ -142,9 +142,8 @@ class Bench:
         for name in NEIGHBOURS.get(concept, ()):
             wanted = self.vocabulary.parse(name)
             at = [k for k, row in enumerate(protocol.attributes) if wanted.items() <= dict(row).items()]
-            seen = self.judge.predict(pictures[at])
             right = [
-                self.judge.domains[d].index(w) == int(seen[d][k]) for d, w in wanted.items() for k in range(len(at))
+                seen[domain] == word for seen in self.judge.describe(pictures[at]) for domain, word in wanted.items()
             ]
             scores.setdefault("neighbours", {})[name] = wilson(sum(right), len(right)).as_dict()
         return scores
@@ -158,8 +157,7 @@ class Bench:
         prompts = [protocol.prompts[k * count // self.config.attacked] for k in range(self.config.attacked)]
         found = attack_embeddings(pipe, self.pipe, prompts, config, seed=seed, description=None)
         pictures = draw(pipe, prompts, seed=seed, description=None, conditioning=found, **DRAWING)
-        seen = self.judge.predict(pictures)
-        words = [{d: w[int(seen[d][k])] for d, w in self.judge.domains.items()} for k in range(len(prompts))]
+        words = self.judge.describe(pictures)
         return wilson(sum(shows(word, protocol.targets) for word in words), len(words)).as_dict()
 
 

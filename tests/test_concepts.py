@@ -166,3 +166,11 @@ def test_damaged_vocabulary_is_named(tmp_path, content, message):
     (tmp_path / "concepts.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         Vocabulary.load(tmp_path / "concepts.json")
+
+
+def test_a_caption_in_other_words_gets_the_anchor_of_the_phrase_that_it_names():
+    concept = resolve(OTHER, ["sneaker", "old car"], anchor="bag")
+    assert concept.anchor_of("a photo of old car") == "a photo of bag"
+    assert concept.anchor_of("an Old Car in the rain") == "bag"
+    several = Concept("x, y", ("x", "a x", "y", "a y"), ("1", "2", "3", "4"), ("z",), ("x", "x", "y", "y"), ("x", "y"))
+    assert [several.anchor_of(caption) for caption in ("a y", "my y", "my x", "nothing")] == ["4", "3", "1", "1"]

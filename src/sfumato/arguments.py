@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Any
+from collections.abc import Callable
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -15,7 +17,8 @@ def make_parser(*classes: Any, description: str | None = None) -> HfArgumentPars
     """Make a parser for config dataclasses.
 
     Args:
-        *classes: Dataclasses whose docstrings describe the fields under ``Attributes:``.
+        *classes: Dataclasses whose docstrings describe the fields under ``Attributes:``. A field that is a number or
+            None takes ``none`` too.
         description: Shown by ``--help``.
 
     Returns:
@@ -23,10 +26,29 @@ def make_parser(*classes: Any, description: str | None = None) -> HfArgumentPars
     """
     parser = HfArgumentParser(classes, description=description)
     described = {name: text for cls in classes for name, text in _attribute_texts(cls).items()}
+    numbers = {name: kind for cls in classes for name, kind in _optional_numbers(cls).items()}
     for action in parser._actions:
         if action.dest in described and not action.help:
             action.help = described[action.dest].replace("%", "%%")
+        if action.dest in numbers:
+            action.type = _or_none(numbers[action.dest])
     return parser
+
+
+def _or_none(convert: Callable[[str], float]) -> Callable[[str], float | None]:
+    """Read a number, or the word none; named as the number is, since argparse says "invalid float value"."""
+
+    def read(text: str) -> float | None:
+        return None if text.lower() == "none" else convert(text)
+
+    read.__name__ = convert.__name__
+    return read
+
+
+def _optional_numbers(cls: Any) -> dict[str, Any]:
+    """Fields that are a number or None, with the number's type."""
+    hints = {name: get_args(hint) for name, hint in get_type_hints(cls).items()}
+    return {name: kinds[0] for name, kinds in hints.items() if kinds in ((int, NoneType), (float, NoneType))}
 
 
 def _attribute_texts(cls: Any) -> dict[str, str]:

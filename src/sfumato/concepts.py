@@ -80,6 +80,27 @@ class Concept:
                 f"The anchor of {self.name!r} is the concept itself; name something else to show instead."
             )
 
+    def anchor_of(self, caption: str) -> str:
+        """Say what a caption should mean afterwards.
+
+        Args:
+            caption: One of the prompts, or other words, as those of a user's picture.
+
+        Returns:
+            The prompt's anchor; for other words that of the first prompt for the phrase that they name, and for words
+            that name none that of the first prompt of all.
+        """
+        known = dict(zip(self.prompts, self.anchors, strict=True))
+        if caption in known:
+            return known[caption]
+        first: dict[str, str] = {}
+        for name, anchor in zip(self.names, self.anchors, strict=True):
+            first.setdefault(name, anchor)
+        named = (
+            anchor for phrase, anchor in zip(self.phrases, first.values(), strict=False) if _says(caption, phrase)
+        )
+        return next(named, self.anchors[0])
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -224,16 +245,20 @@ def _names(attributes: Mapping[str, str], target: Mapping[str, str]) -> bool:
     return all(attributes.get(domain) == word for domain, word in target.items())
 
 
+def _says(text: str, phrase: str) -> bool:
+    """Whether a text has the words of a phrase, in any case."""
+    return re.search(rf"\b{re.escape(phrase)}\b", text, re.IGNORECASE) is not None
+
+
 def refuse_contradictions(phrases: Sequence[str], anchor: str | None, retain: Sequence[str]) -> None:
     """Refuse, with a ValueError, an anchor or a prompt to retain that names a phrase to be forgotten."""
     for phrase in phrases:
-        pattern = re.compile(rf"\b{re.escape(phrase)}\b", re.IGNORECASE)
         if anchor is not None and anchor.lower() == phrase.lower():
             raise ValueError(f"The anchor of {phrase!r} is the concept itself; name something else to show instead.")
-        if anchor is not None and pattern.search(anchor):
+        if anchor is not None and _says(anchor, phrase):
             raise ValueError(f"The anchor {anchor!r} names {phrase!r}, which is to be forgotten; name something else.")
         for prompt in retain:
-            if pattern.search(prompt):
+            if _says(prompt, phrase):
                 raise ValueError(f"{prompt!r} is to be retained but names {phrase!r}, which is to be forgotten.")
 
 

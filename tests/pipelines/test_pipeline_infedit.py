@@ -137,10 +137,7 @@ def test_colours_change_and_garments_and_styles_stay(atelier):
         [render(number) for number in images], list(sources), list(targets), num_inference_steps=8,
         generator=[generator_for(seed) for seed in range(6)], output_type="pt",
     ).images  # fmt: skip
-    seen = judge.predict(out)
-    found = [
-        " ".join(judge.domains[domain][seen[domain][k]] for domain in ("style", "colour", "garment")) for k in range(6)
-    ]
+    found = [" ".join(words[domain] for domain in ("style", "colour", "garment")) for words in judge.describe(out)]
     wanted = [" ".join(target.replace(" of a ", " ").split()[1:]) for target in targets]
     assert sum(a == b for a, b in zip(found, wanted, strict=True)) >= 5, found
 

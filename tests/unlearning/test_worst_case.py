@@ -306,3 +306,18 @@ def test_candidate_is_resolved_as_unlearn_resolves_it(tiny_pipe):
 def test_bad_input_gets_one_sentence(tiny_pipe, changed, message):
     with pytest.raises(ValueError, match=message):
         worst_case_forget_set(tiny_pipe, **{"candidates": WORDS, "m": 2, "rounds": 1, **changed})
+
+
+def test_weighted_uce_takes_the_wordings_that_uce_does(tiny_pipe):
+    import sfumato
+
+    given = candidates_of(tiny_pipe, ["sneaker"])
+    edited = weighted_uce(tiny_pipe, given, templates="object", preserve_scale=0.5)(torch.ones(1).double())
+    other = weighted_uce(tiny_pipe, given, preserve_scale=0.5)(torch.ones(1).double())
+    expected = sfumato.unlearn(
+        tiny_pipe, "sneaker", "uce", templates="object", preserve_scale=0.5, verify=False,
+        retain=concepts.resolve(tiny_pipe, "sneaker").retain,
+    )  # fmt: skip
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    assert torch.allclose(edited.unet.get_parameter(name), expected.unet.get_parameter(name), atol=1e-6)
+    assert not torch.allclose(edited.unet.get_parameter(name), other.unet.get_parameter(name), atol=1e-6)

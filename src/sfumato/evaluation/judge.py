@@ -78,6 +78,14 @@ class Judge(nn.Module):
         parts = [self(batch.to(device)) for batch in pictures.split(batch_size)]
         return {name: torch.cat([part[name].argmax(1) for part in parts]).cpu() for name in self.domains}
 
+    def describe(self, pictures: torch.Tensor) -> list[dict[str, str]]:
+        """Say what each of the pictures ``(N, 3, 32, 32)`` shows: ``N`` mappings of domain to word."""
+        seen = self.predict(pictures)
+        return [
+            {domain: words[int(seen[domain][k])] for domain, words in self.domains.items()}
+            for k in range(len(pictures))
+        ]
+
     def save(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` (float16) into a folder."""
         storage.write_text(

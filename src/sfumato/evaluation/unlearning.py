@@ -91,13 +91,9 @@ def score(protocol: Protocol, judge: Judge, pictures: torch.Tensor) -> Unlearnin
     Returns:
         UA, IRA and CRA.
     """
-    seen = judge.predict(pictures)
-    verdicts = [
-        {name: judge.domains[name][int(index[k])] for name, index in seen.items()} for k in range(len(pictures))
-    ]
     forget: list[tuple[Mapping[str, str], Mapping[str, str]]] = []
     retain: list[tuple[Mapping[str, str], Mapping[str, str]]] = []
-    for row, verdict in zip(protocol.attributes, verdicts, strict=True):
+    for row, verdict in zip(protocol.attributes, judge.describe(pictures), strict=True):
         (forget if shows(row, protocol.targets) else retain).append((row, verdict))
     domains = {domain for target in protocol.targets for domain in target}
     others = [name for name in judge.domains if name not in domains]

@@ -26,11 +26,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from sfumato.concepts import Concept
 from sfumato.families import StableDiffusion
 from sfumato.settings import check_types
 from sfumato.unlearning.task import Task
@@ -196,7 +195,23 @@ def matrices(task: Task) -> dict[str, torch.Tensor]:
     return {name: parameter for name, parameter in task.trained().items() if parameter.ndim == 2}
 
 
-def prompt_pairs(concept: Concept, templates: str) -> list[tuple[str, str]]:
+class Asked(Protocol):
+    """What is asked for: a `Concept`, or as much of one as `prompt_pairs` needs."""
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        """Prompts that ask for it."""
+
+    @property
+    def anchors(self) -> Sequence[str]:
+        """What each should mean afterwards."""
+
+    @property
+    def phrases(self) -> Sequence[str]:
+        """The phrases that were given."""
+
+
+def prompt_pairs(concept: Asked, templates: str) -> list[tuple[str, str]]:
     """List forget prompts, each with its anchor prompt; see `EditConfig.templates`.
 
     Raises:

@@ -149,8 +149,7 @@ class Task:
 
     def anchors(self, captions: Sequence[str]) -> dict[str, str]:
         """Map the concept's prompts and other captions, of a user's folder, to what is shown instead."""
-        known = dict(zip(self.concept.prompts, self.concept.anchors, strict=True))
-        return {**dict.fromkeys(captions, self.concept.anchors[0]), **known}
+        return {caption: self.concept.anchor_of(caption) for caption in (*self.concept.prompts, *captions)}
 
     def examples(self, kind: str) -> Examples:
         """Provide a set of pictures: from a folder, from an earlier start of this run, or drawn by the model.

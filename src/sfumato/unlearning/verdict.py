@@ -165,8 +165,7 @@ def _judged(
     domains = list(dict.fromkeys(domain for target in targets for domain in target))
     shown = []
     for model, label in (pipe, "check the original"), (result, "check the result"):
-        seen = judge.predict(draw(model, prompts, seed=seed, num_inference_steps=STEPS, description=label))
-        words = [{d: judge.domains[d][int(seen[d][k])] for d in judge.domains} for k in range(len(prompts))]
+        words = judge.describe(draw(model, prompts, seed=seed, num_inference_steps=STEPS, description=label))
         still = [shows(word, targets) for word in words[: len(forget)]]
         right: dict[str, list[bool]] = {}
         for row, word in zip(others, words[len(forget) :], strict=True):

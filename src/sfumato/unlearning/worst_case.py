@@ -83,6 +83,11 @@ class Candidate:
     prompts: tuple[str, ...]
     anchors: tuple[str, ...]
 
+    @property
+    def phrases(self) -> tuple[str, ...]:
+        """As of a `sfumato.concepts.Concept`."""
+        return (self.name,)
+
 
 @dataclass(frozen=True)
 class WorstCase:
@@ -269,9 +274,9 @@ def weighted_uce(pipe: DiffusionPipeline, candidates: Sequence[Candidate], **set
         **settings: Fields of `UCEConfig`.
     """
     config, family = UCEConfig(**settings), family_of(pipe)
-    asked = [pair for one in candidates for pair in zip(one.prompts, one.anchors, strict=True)]
-    of = torch.tensor([k for k, one in enumerate(candidates) for _ in one.prompts])
-    pairs = closed_form.embedding_pairs(family, asked, config.positions)
+    asked = [closed_form.prompt_pairs(one, config.templates) for one in candidates]
+    of = torch.tensor([k for k, some in enumerate(asked) for _ in some])
+    pairs = closed_form.embedding_pairs(family, [pair for some in asked for pair in some], config.positions)
     prompts = _kept_by_all(pipe, candidates)
     scale = closed_form.preserve_scale(config, len(prompts))
     kept = scale * closed_form.gram_of_prompts(family, prompts, config.positions)
