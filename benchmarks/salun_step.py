@@ -6,8 +6,11 @@ three lists of prompts, and runs the denoiser three times. Here posteriors and p
 training, and the two predictions that are trained share a pass. Both draw the same number of pictures first, which is
 not part of a step. The times are medians of rounds in which the two take turns.
 
-``--model sd15`` is a network of Stable Diffusion 1.5's size with random weights, at 256x256; it needs 20 GB. Both then
-take plain gradient steps, one forget and one retain picture each, since Adam's moments would not fit beside.
+``--model sd15`` is Stable Diffusion 1.5 with random weights at 256x256: there the autoencoder is a larger part of the
+work than on the embedded model. By default denoiser and autoencoder have half their width, so that a batch of four
+fits into 12 GB, and the arithmetic outweighs the passes over the weights as it does on an accelerator. ``--width 1``
+is the whole network; it needs 20 GB at a batch of one, and both then take plain gradient steps, since Adam's moments
+would not fit beside.
 """
 
 import copy
@@ -39,30 +42,34 @@ class StepConfig:
         model: ``"atelier"`` or ``"sd15"``.
         steps: Steps of each in a round.
         rounds: Rounds; the first of each warms up and is not counted.
-        batch_size: Forget pictures in a step, and as many retain pictures; 0 is the recipe's, or 1 for sd15.
+        width: Channels of sd15, as a share of those it has.
+        batch_size: Forget pictures in a step, and as many retain pictures; 0 is the recipe's, or for sd15 4, or 1 if
+            it is wider than half.
         threads: CPU threads; 0 leaves the choice to torch.
     """
 
     model: str = field(default="atelier", metadata={"choices": ["atelier", "sd15"]})
     steps: int = 20
     rounds: int = 4
+    width: float = 0.5
     batch_size: int = 0
     threads: int = 0
 
 
-def stable_diffusion(size: int) -> StableDiffusionPipeline:
+def stable_diffusion(size: int, width: float) -> StableDiffusionPipeline:
     """Stable Diffusion 1.5 with random weights for pictures of `size`, and the embedded model's tokenizer."""
+    narrow, wide = (tuple(round(width * k * first) for k in (1, 2, 4, 4)) for first in (128, 320))
     text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
     tokenizer = sfumato.load("atelier").tokenizer
     tokenizer.model_max_length = text.max_position_embeddings
     vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=size,
+        block_out_channels=narrow, layers_per_block=2, latent_channels=4, sample_size=size,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
     schedule = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     pipe = StableDiffusionPipeline(
         vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, scheduler=schedule, safety_checker=None,
-        unet=UNet2DConditionModel(sample_size=size // 8, cross_attention_dim=768),
+        unet=UNet2DConditionModel(sample_size=size // 8, block_out_channels=wide, cross_attention_dim=768),
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
@@ -86,9 +93,11 @@ class Case:
             examples = {"forget_examples": 64, "retain_examples": 64, "example_steps": 5}
             case = cls(pipe, {**settings, **examples})
         else:
-            settings = {"optimizer": "sgd", "learning_rate": 1e-5, "mask_ratio": 0.5, "retain_weight": 0.5}
+            large = config.width > 0.5
+            settings = {"optimizer": "sgd" if large else "adam", "learning_rate": 1e-5, "retain_weight": 0.5}
             examples = {"forget_examples": 2, "retain_examples": 2, "example_steps": 1, "example_batch_size": 1}
-            case = cls(stable_diffusion(256), {**settings, **examples, "batch_size": 1}, KEEP)
+            settings |= {**examples, "mask_ratio": 0.5, "batch_size": 1 if large else 4}
+            case = cls(stable_diffusion(256, config.width), settings, KEEP)
         case.settings["batch_size"] = config.batch_size or case.settings["batch_size"]
         return case
 

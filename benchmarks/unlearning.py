@@ -8,6 +8,7 @@ output folder, so a run that was cut short goes on. The table has a row a method
 """
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ import sfumato
 from sfumato import storage
 from sfumato.arguments import make_parser
 from sfumato.attacks.embeddings import EmbeddingAttackConfig, attack_embeddings
-from sfumato.concepts import vocabulary_of
+from sfumato.concepts import Vocabulary, kind_of, vocabulary_of
 from sfumato.evaluation.generation import draw
 from sfumato.evaluation.judge import Judge
 from sfumato.evaluation.metrics import Proportion, frechet_distance, wilson
@@ -59,7 +60,7 @@ class UnlearningConfig:
     methods: str = ",".join(METHODS)
     concepts: str = "sneaker,bag,sketch,red"
     seeds: str = "0,1,2"
-    pictures: int = 144
+    pictures: int = 72
     attacked: int = 24
     stronger: str = "esd,advunlearn"
     strip: str = "sneaker,0"
@@ -200,6 +201,27 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def expected(
+    cells: Mapping[str, Mapping[str, list[dict[str, Any]]]], vocabulary: Vocabulary
+) -> dict[str, dict[str, list[int]]]:
+    """What each recipe is to expect: in percent, the hull of the intervals of all its runs."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for method in cells.keys() - {"original"}:
+        for concept, some in cells[method].items():
+            kind = kind_of(vocabulary, concept.split("+"))
+            found.setdefault(f"{method}-{vocabulary.name}-{kind}", []).extend(some)
+    return {
+        recipe: {
+            key: [
+                math.floor(100 * min(cell[key]["low"] for cell in some)),
+                math.ceil(100 * max(cell[key]["high"] for cell in some)),
+            ]
+            for key in ("ua", "ira", "cra")
+        }
+        for recipe, some in sorted(found.items())
+    }
+
+
 def strip(bench: Bench, methods: list[str], concept: str, seed: int) -> Image.Image:
     """One concept across all methods: a row each, the same prompts and seeds; its own prompts, then others."""
     protocol = Protocol.for_concept(bench.vocabulary, concept.split("+"), forget_repeats=1, retain_repeats=1)
@@ -232,7 +254,8 @@ def main(config: UnlearningConfig) -> None:
         f"{method}, {concept}": summary(some) for method, of in cells.items() for concept, some in of.items()
     }
     print(table(rows), table(by_concept), sep="\n\n")
-    storage.write_text(bench.folder / "table.json", json.dumps({"methods": rows, "concepts": by_concept}, indent=1))
+    results = {"methods": rows, "concepts": by_concept, "expected": expected(cells, bench.vocabulary)}
+    storage.write_text(bench.folder / "table.json", json.dumps(results, indent=1))
     name, seed = config.strip.split(",")
     if name in concepts and int(seed) in seeds:
         strip(bench, methods, name, int(seed)).save(bench.folder / "methods.png", optimize=True)

@@ -156,6 +156,8 @@ def compare_methods(line, folder):
     printed = run([sys.executable, str(ROOT / words[1]), *words[2:], *few, "--stronger", "uce"], folder)
     assert "| uce |" in printed and "| uce, sneaker |" in printed
     assert (folder / "bench-unlearning" / "methods.png").exists()
+    table = json.loads((folder / "bench-unlearning" / "table.json").read_text())
+    assert table["expected"]["uce-atelier-object"]["ua"][0] >= 70
     again = run([sys.executable, str(ROOT / words[1]), *words[2:], *few, "--stronger", "uce"], folder)
     assert again == printed  # from the cells that the first run left
 

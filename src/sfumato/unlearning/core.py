@@ -177,9 +177,15 @@ def unlearn(
     _cast(model.requires_grad_(False), next(family.parts[config.part].parameters()).dtype)
     result = family.with_parts({config.part: model})
     if verify and accelerator.is_main_process:
-        verdict = pronounce(pipe, result, concept, training.seed)
-        facts = {**facts, "verdict": verdict.as_dict(), "expected": dict(found.expected)}
-        tqdm.write(verdict.sentence(concept.name, found.expected.get("ua")), file=sys.stderr)
+        facts = {**facts, "expected": dict(found.expected)}
+        try:
+            verdict = pronounce(pipe, result, concept, training.seed)
+        except Exception as error:  # whatever stops the check, the work that is done is kept
+            said = f"The result could not be checked ({type(error).__name__}: {error}); it is kept as it is."
+        else:
+            facts["verdict"] = verdict.as_dict()
+            said = verdict.sentence(concept.name, found.expected.get("ua"))
+        tqdm.write(said, file=sys.stderr)
     facts = {**facts, **costs.so_far()}
     if folder is not None and accelerator.is_main_process:
         settings_used = {name: value for part in configs.values() for name, value in asdict(part).items()}
