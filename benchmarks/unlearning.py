@@ -124,7 +124,9 @@ class Bench:
             "--output", str(output), "--no_verify", *(["--seed", str(seed)] if METHODS[method].trains else []),
             *(["--resume"] if output.exists() else []),
         ]  # fmt: skip
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command[2:])}\nfailed: {done.stderr.strip().splitlines()[-1]}")
 
     def score(self, pipe: DiffusionPipeline, concept: str, seed: int) -> dict[str, Any]:
         """Draw and judge the protocol of a concept."""
