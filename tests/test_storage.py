@@ -129,3 +129,9 @@ def test_text_is_written_whole(tmp_path):
     path = storage.write_text(tmp_path / "deep" / "x.json", json.dumps({"a": 1}))
     assert json.loads(path.read_text()) == {"a": 1}
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
+
+
+def test_a_link_that_leads_nowhere_is_refused_before_the_work(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="it is a link to .*gone, which is not there"):
+        storage.check_output_dir(tmp_path / "out")

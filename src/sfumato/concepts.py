@@ -48,6 +48,7 @@ class Concept:
         retain: Prompts that must keep their meaning.
         names: What in each of the prompts is the concept, said alone, ``N`` of them; none given: the prompts.
         phrases: The phrases that were given, of which `name` is made; none given: the name.
+        asked: For each phrase the prompt that asks for it alone; none given: the first prompt.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Concept:
     retain: tuple[str, ...]
     names: tuple[str, ...] = ()
     phrases: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the lists fit together and do not contradict each other."""
@@ -63,6 +65,8 @@ class Concept:
             object.__setattr__(self, "phrases", (self.name,))
         if not self.names:
             object.__setattr__(self, "names", self.prompts)
+        if not self.asked:
+            object.__setattr__(self, "asked", self.prompts[:1] * len(self.phrases))
         if len(self.names) != len(self.prompts):
             raise ValueError(f"{len(self.prompts)} prompts need as many names, got {len(self.names)}.")
         if len(self.anchors) != len(self.prompts):
@@ -87,19 +91,17 @@ class Concept:
             caption: One of the prompts, or other words, as those of a user's picture.
 
         Returns:
-            The prompt's anchor; for other words that of the first prompt for the phrase that they name, and for words
-            that name none that of the first prompt of all.
+            The prompt's anchor; for other words that of the phrase, the longest, that they name, and for words that
+            name none that of the first prompt.
         """
         known = dict(zip(self.prompts, self.anchors, strict=True))
-        if caption in known:
-            return known[caption]
-        first: dict[str, str] = {}
-        for name, anchor in zip(self.names, self.anchors, strict=True):
-            first.setdefault(name, anchor)
-        named = (
-            anchor for phrase, anchor in zip(self.phrases, first.values(), strict=False) if _says(caption, phrase)
-        )
-        return next(named, self.anchors[0])
+        named = [
+            (len(phrase), prompt)
+            for phrase, prompt in zip(self.phrases, self.asked, strict=True)
+            if _says(caption, phrase)
+        ]
+        prompt = max(named)[1] if named else self.prompts[0]
+        return known.get(caption, known[prompt])
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ class Vocabulary:
             retain = tuple(dict.fromkeys(self.prompt(one, number) for number, one in enumerate(kept)))
         return Concept(
             ", ".join(forget), tuple(prompts), tuple(prompts.values()), tuple(retain), tuple(names.values()),
-            tuple(forget),
+            tuple(forget), tuple(self.prompt(target) for target in targets),
         )  # fmt: skip
 
 
@@ -246,8 +248,10 @@ def _names(attributes: Mapping[str, str], target: Mapping[str, str]) -> bool:
 
 
 def _says(text: str, phrase: str) -> bool:
-    """Whether a text has the words of a phrase, in any case."""
-    return re.search(rf"\b{re.escape(phrase)}\b", text, re.IGNORECASE) is not None
+    """Whether a text has the words of a phrase, in any case, in the singular or the plural."""
+    plural = len(phrase) > 3 and phrase.lower().endswith("s") and not phrase.lower().endswith("ss")
+    stem = phrase[:-1] if plural else phrase
+    return re.search(rf"\b{re.escape(stem)}(s|es)?\b", text, re.IGNORECASE) is not None
 
 
 def refuse_contradictions(phrases: Sequence[str], anchor: str | None, retain: Sequence[str]) -> None:
@@ -326,8 +330,8 @@ def resolve(
     names = [phrase for phrase in phrases for _ in WORDINGS]
     replaced = [wording.format(anchor) if anchor else "" for _ in phrases for wording in WORDINGS]
     if retain is None:
-        lowered = [phrase.lower() for phrase in phrases]
-        scenes = [prompt for prompt in COMMON_PROMPTS if not any(phrase in prompt.lower() for phrase in lowered)]
+        scenes = [prompt for prompt in COMMON_PROMPTS if not any(_says(prompt, phrase) for phrase in phrases)]
         retain = [*scenes, *(prompt for prompt in replaced if prompt)]
     retained = tuple(dict.fromkeys(retain))
-    return Concept(", ".join(phrases), tuple(prompts), tuple(replaced), retained, tuple(names), tuple(phrases))
+    alone = tuple(WORDINGS[0].format(phrase) for phrase in phrases)
+    return Concept(", ".join(phrases), tuple(prompts), tuple(replaced), retained, tuple(names), tuple(phrases), alone)

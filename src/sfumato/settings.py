@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import fields
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -22,20 +23,25 @@ def check_types(config: Any) -> None:
     """Check the fields of a config against their annotations, for its ``__post_init__``.
 
     Numbers of numpy and paths become plain numbers and strings, so that JSON can hold them. Only fields that are
-    declared as bool, int, float or str, or one of these or None, are looked at.
+    declared as bool, int, float or str, or one of these or None, are looked at. A field whose metadata has
+    ``choices`` takes one of these.
 
     Args:
         config: A dataclass instance that is not frozen.
 
     Raises:
-        ValueError: If a value is of another type than its field, or a number is NaN or infinite.
+        ValueError: If a value is of another type than its field, a number is NaN or infinite, or a value is none of
+            its field's choices.
     """
+    allowed = {field.name: field.metadata["choices"] for field in fields(config) if "choices" in field.metadata}
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         kind = next((choice for choice in choices if choice in _KINDS), None)
         if kind is not None and not (value is None and type(None) in choices):
             setattr(config, name, _checked(name, value, kind))
+        if name in allowed and getattr(config, name) not in allowed[name]:
+            raise ValueError(f"`{name}` must be one of {', '.join(allowed[name])}, got {value!r}.")
 
 
 def check_seed(seed: int) -> None:

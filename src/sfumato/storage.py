@@ -260,10 +260,13 @@ def check_output_dir(path: str | Path, *, resume: bool = False) -> Path:
     Raises:
         FileExistsError: If it holds a finished model, anything but a job's own files, or an unfinished run and
             `resume` is false.
+        FileNotFoundError: If the path is a link that leads nowhere.
         NotADirectoryError: If the path, or one above it, is a file.
         PermissionError: If it can't be written.
     """
     path = Path(path)
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"Can't write into {path}: it is a link to {path.resolve()}, which is not there.")
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"Can't write into {path}: {existing} is a file. Choose another output folder.")

@@ -119,7 +119,7 @@ class TrainingConfig:
         max_grad_norm: Clip the global gradient norm to this; None does not clip.
         gradient_accumulation_steps: Split each process's share of a batch into so many passes.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; weights and optimiser stay float32.
-        gradient_checkpointing: Recompute activations in the backward pass, if the model can.
+        gradient_checkpointing: Recompute the denoiser's activations in the backward pass.
         ema_decay: Keep an exponential moving average of the weights, which becomes the result; None keeps none.
         seed: Seeds the objective's data, noise and times.
         checkpoint_every: Steps between checkpoints; 0 keeps only the last.
@@ -154,14 +154,8 @@ class TrainingConfig:
                 f"`learning_rate` must be a positive number of at most {LARGEST_LEARNING_RATE:g}, beyond which a step "
                 f"overflows float32, got {self.learning_rate}."
             )
-        if self.optimizer not in _OPTIMIZERS:
-            raise ValueError(f"`optimizer` must be one of {', '.join(_OPTIMIZERS)}, got {self.optimizer!r}.")
         if self.weight_decay and self.optimizer == "adam":
             raise ValueError("`weight_decay` needs optimizer='adamw' or 'sgd': adam would mix it into the moments.")
-        if self.lr_schedule not in ("constant", "cosine"):
-            raise ValueError(f"`lr_schedule` must be 'constant' or 'cosine', got {self.lr_schedule!r}.")
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"`mixed_precision` must be 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}.")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError(f"`max_grad_norm` must be above 0, or None for no clipping, got {self.max_grad_norm}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
@@ -201,6 +195,9 @@ class MaskedUpdate:
         optimizer: The optimiser whose parameters are masked.
         masks: Parameter to `bool` tensor of its shape; False is frozen. Parameters without a mask train freely.
         restore: False masks the gradients alone: what else the optimiser does, as weight decay, moves every weight.
+
+    Attributes:
+        outside: Parameter to a `bool` tensor, True where it must not move.
     """
 
     def __init__(
@@ -209,20 +206,20 @@ class MaskedUpdate:
         masks: Mapping[torch.nn.Parameter, torch.Tensor],
         restore: bool = True,
     ) -> None:
-        self._outside = {parameter: ~mask for parameter, mask in masks.items()}
+        self.outside = {parameter: ~mask for parameter, mask in masks.items()}
         optimizer.register_step_pre_hook(self._mask_gradients)
         if restore and (optimizer.state or any(group["weight_decay"] for group in optimizer.param_groups)):
-            self._frozen = {parameter: parameter.detach()[out].clone() for parameter, out in self._outside.items()}
+            self._frozen = {parameter: parameter.detach()[out].clone() for parameter, out in self.outside.items()}
             optimizer.register_step_post_hook(self._restore)
 
     def _mask_gradients(self, *_: Any) -> None:
-        for parameter, outside in self._outside.items():
+        for parameter, outside in self.outside.items():
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(outside, 0)
 
     @torch.no_grad()
     def _restore(self, *_: Any) -> None:
-        for parameter, outside in self._outside.items():
+        for parameter, outside in self.outside.items():
             parameter.masked_scatter_(outside, self._frozen[parameter])
 
 
@@ -280,9 +277,8 @@ def train(
         model.enable_gradient_checkpointing()  # type: ignore[operator]
     model.to(accelerator.device)
     optimizer = _make_optimizer(parameters, config)
-    if masks:
-        frozen = {parameters[name]: mask.to(accelerator.device) for name, mask in masks.items()}
-        MaskedUpdate(optimizer, frozen, restore_masked)
+    movable = {parameters[name]: mask.to(accelerator.device) for name, mask in (masks or {}).items()}
+    outside = MaskedUpdate(optimizer, movable, restore_masked).outside if movable else {}
     average = {n: p.detach().clone() for n, p in parameters.items()} if config.ema_decay is not None else {}
     start, history = 0, list[dict[str, float]]()
     checkpoint = checkpoints.newest(folder) if resume and folder else None
@@ -297,7 +293,7 @@ def train(
     )  # fmt: skip
     began = time.perf_counter()
     for step in bar:
-        row = _step(wrapped, prepared, objective, config, accelerator, step)
+        row = _step(wrapped, prepared, objective, config, accelerator, step, outside)
         _move_average(average, parameters, config, step)
         history.append({**row, "seconds": time.perf_counter() - began})
         bar.set_postfix(loss=f"{row['loss']:.4f}")
@@ -418,6 +414,7 @@ def _step(
     config: TrainingConfig,
     accelerator: Accelerator,
     step: int,
+    outside: Mapping[torch.nn.Parameter, torch.Tensor],
 ) -> dict[str, float]:
     """One optimiser step over the global batch; the weights do not change if the loss is not finite."""
     passes = config.gradient_accumulation_steps
@@ -425,7 +422,9 @@ def _step(
         Shard(number * accelerator.num_processes + accelerator.process_index, passes * accelerator.num_processes)
         for number in range(passes)
     ]
-    surgeon = _Surgeon(model, objective, config, accelerator) if isinstance(objective, SurgicalObjective) else None
+    surgeon = None
+    if isinstance(objective, SurgicalObjective):
+        surgeon = _Surgeon(model, objective, config, accelerator, outside)
     sums: dict[str, torch.Tensor] = {}
     for number, shard in enumerate(shards):
         last = number == passes - 1 and surgeon is None
@@ -466,11 +465,12 @@ class _Surgeon:
     """
 
     def __init__(
-        self, model: torch.nn.Module, objective: SurgicalObjective, config: TrainingConfig, accelerator: Accelerator
-    ) -> None:
+        self, model: torch.nn.Module, objective: SurgicalObjective, config: TrainingConfig, accelerator: Accelerator,
+        outside: Mapping[torch.nn.Parameter, torch.Tensor],
+    ) -> None:  # fmt: skip
         if config.mixed_precision == "fp16":
             raise ValueError("Gradient surgery needs true gradients, which mixed_precision='fp16' scales: use bf16.")
-        self.objective, self.accelerator = objective, accelerator
+        self.objective, self.accelerator, self.outside = objective, accelerator, outside
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.gradients: dict[str, list[torch.Tensor]] = {}
 
@@ -486,6 +486,9 @@ class _Surgeon:
         """Combine the gradients into `.grad`; gives the norm of the result."""
         for name, parts in self.gradients.items():
             reduced = [self.accelerator.reduce(part, "mean") for part in parts]
+            for parameter, part in zip(self.parameters, reduced, strict=True):
+                if parameter in self.outside:  # what can't move has no say in the surgery
+                    part.masked_fill_(self.outside[parameter], 0)
             norm = torch.nn.utils.get_total_norm(reduced)
             self.gradients[name] = list(torch._foreach_mul(reduced, (limit / (norm + 1e-6)).clamp(max=1.0).item()))
         combined = self.objective.combine(self.gradients)

@@ -343,7 +343,8 @@ def test_interrupted_run_resumes_to_the_same_bits(tiny_pipe, tmp_path, settings,
     [
         {"attack": "projected"}, {"fast_attack": True}, {"insertion": "suffix"}, {"insertion": "replace"},
         {"insertion": "add"}, {"attack_tokens": 3}, {"legacy_level_mismatch": True}, {"legacy_word_count": True},
-        {"train": "denoiser", "parameters": "xattn"}, {"retention": "iter"},
+        {"train": "denoiser", "parameters": "xattn"}, {"retention": "iter"}, {"legacy_shared_time": True},
+        {"legacy_latent_scale": 2},
     ],
 )  # fmt: skip
 def test_switches_run_to_the_end_and_make_another_result(tiny_pipe, settings):
@@ -352,6 +353,37 @@ def test_switches_run_to_the_end_and_make_another_result(tiny_pipe, settings):
         sfumato.unlearn(tiny_pipe, "a sneaker", "advunlearn", **{**options, **extra}) for extra in ({}, settings)
     )
     assert any(fingerprint(plain, part) != fingerprint(other, part) for part in ("unet", "text_encoder"))
+
+
+def test_gamma_weighs_the_turns_unless_it_is_told_not_to(tiny_pipe):
+    options = {**SMALL, "verify": False, "warmup_rounds": 0, "retention": "iter", "retain_weight": 9.0, "steps": 4}
+    plain, other = (
+        sfumato.unlearn(tiny_pipe, "a sneaker", "advunlearn", **options, legacy_unweighted_turns=unweighted)
+        for unweighted in (False, True)
+    )
+    assert fingerprint(plain, "text_encoder") != fingerprint(other, "text_encoder")
+
+
+def test_shared_times_are_one_even_where_states_and_times_do_not_match(family):
+    config = replace(CONFIG, legacy_level_mismatch=True, legacy_shared_time=True)
+    prompts = PromptTable(family, ["", "a sneaker", "a bag"])
+    walker = Walker(family, prompts, config, make_accelerator(TrainingConfig()), None, True)
+    walked = walker.walk(family.denoiser, ["a sneaker", "a bag"], [(0, 1, 0), (0, 1, 1)], teach=True)
+    assert torch.equal(walked.timesteps[0], walked.timesteps[1])
+    assert not torch.equal(walked.timesteps[0], walker.grid)
+
+
+def test_checkpointing_recomputes_the_frozen_denoiser_and_changes_nothing(tiny_pipe):
+    calls = []
+    enable = tiny_pipe.unet.enable_gradient_checkpointing
+    tiny_pipe.unet.enable_gradient_checkpointing = lambda: (calls.append(1), enable())
+    plain, other = (
+        sfumato.unlearn(tiny_pipe, "a sneaker", "advunlearn", verify=False, gradient_checkpointing=wanted, **SMALL)
+        for wanted in (False, True)
+    )
+    assert calls == [1] and not tiny_pipe.unet.is_gradient_checkpointing
+    for one, same in zip(plain.text_encoder.parameters(), other.text_encoder.parameters(), strict=True):
+        assert torch.allclose(one, same, atol=1e-5)
 
 
 def test_velocity_prediction_and_half_precision_are_trained(tiny_pipe_v):

@@ -239,12 +239,12 @@ def test_training_moves_the_concept_to_its_anchor(family, anchor):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"objective": "text"}, "`objective` must be 'model' or 'noise', got 'text'"),
-        ({"prior": "all"}, "`prior` must be 'none', 'anchor' or 'retain', got 'all'"),
+        ({"objective": "text"}, "`objective` must be one of model, noise, got 'text'"),
+        ({"prior": "all"}, "`prior` must be one of none, anchor, retain, got 'all'"),
         ({"prior_weight": -1.0}, "`prior_weight` must not be negative, got -1.0"),
         ({"objective": "noise", "frozen_teacher": True}, "the noise-based objective has no teacher"),
         ({"frozen_teacher": "yes"}, "`frozen_teacher` must be True or False, got 'yes'"),
-        ({"parameters": "embedding"}, "Unknown parameter subset 'embedding'"),
+        ({"parameters": "embedding"}, "`parameters` must be one of full, xattn"),
         ({"anchor_examples": 0}, "`anchor_examples` must be at least 1"),
         ({"retain": []}, "retain set is empty"),
         ({"batch_size": 3, "gradient_accumulation_steps": 2}, "can't be shared equally"),

@@ -267,7 +267,7 @@ def test_run_cut_short_resumes_to_the_same_bits(tiny_pipe, tmp_path, monkeypatch
     "settings",
     [
         {"surgery": "official"}, {"prior": "retain"}, {"max_timestep": 300},
-        {"leak_generator_gradient": True}, {"train_start_token": True},
+        {"leak_generator_gradient": True}, {"train_start_token": True}, {"legacy_stale_pictures": True},
     ],
 )  # fmt: skip
 def test_each_switch_changes_the_result(tiny_pipe, settings):
@@ -294,10 +294,10 @@ def test_training_fools_a_discriminator(family, anchor):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"surgery": "knife"}, "`surgery` must be 'projection' or 'official', got 'knife'"),
+        ({"surgery": "knife"}, "`surgery` must be one of projection, official, got 'knife'"),
         ({"surgery_weight": -1.0}, "`surgery_weight` must not be negative, got -1.0"),
-        ({"prior": "none"}, "`prior` must be 'anchor' or 'retain', got 'none'"),
-        ({"discriminator_norm": "layer"}, "`discriminator_norm` must be 'group' or 'batch', got 'layer'"),
+        ({"prior": "none"}, "`prior` must be one of anchor, retain, got 'none'"),
+        ({"discriminator_norm": "layer"}, "`discriminator_norm` must be one of group, batch, got 'layer'"),
         ({"discriminator_learning_rate": 0.0}, "`discriminator_learning_rate` must be positive, got 0.0"),
         ({"discriminator_warmup": -1}, "`discriminator_warmup` must not be negative, got -1"),
         ({"max_timestep": 0}, "`max_timestep` must be at least 1, or None for all, got 0"),

@@ -25,8 +25,9 @@ SMALL = {
 
 def objective(family, config=CONFIG, trained=None):
     table = PromptTable(family, [*PROMPTS, "", "a shoe"])
-    source = {p: config.erase_from or "a sneaker" for p in PROMPTS}
-    asked = source if config.erase_from or config.direction == "name" else None
+    given = config.erase_from is not None
+    asked = {p: config.erase_from if given else "a sneaker" for p in PROMPTS}
+    asked = asked if given or config.direction == "name" else None
     walker = Walker(family, table, config, make_accelerator(TrainingConfig()), asked)
     bank = walker.walk(family.denoiser, PROMPTS * 2, [(0, 201, k) for k in range(4)], teach=True)
     if trained is not None:
@@ -229,13 +230,13 @@ def test_seed_decides_the_result(tiny_pipe):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"eta_convention": "new"}, "`eta_convention` must be 'paper' or 'erase_from', got 'new'"),
-        ({"direction": "up"}, "`direction` must be 'prompt' or 'name', got 'up'"),
+        ({"eta_convention": "new"}, "`eta_convention` must be one of paper, erase_from, got 'new'"),
+        ({"direction": "up"}, "`direction` must be one of prompt, name, got 'up'"),
         ({"direction": "name", "erase_from": "a shoe"}, "leave out `erase_from`"),
-        ({"trajectories": "none"}, "`trajectories` must be 'frozen' or 'trained', got 'none'"),
+        ({"trajectories": "none"}, "`trajectories` must be one of frozen, trained, got 'none'"),
         ({"eta": "1"}, "`eta` must be a finite number, got '1'"),
         ({"trajectory_steps": 0}, r"`trajectory_steps` must lie in \[2, 1000\]"),
-        ({"parameters": "attn"}, "Unknown parameter subset 'attn'"),
+        ({"parameters": "attn"}, "`parameters` must be one of full, xattn"),
         ({"forget_examples": 3}, "Unknown setting 'forget_examples'"),
     ],
 )
@@ -262,3 +263,12 @@ def test_eta_towards_the_concept_is_refused():
     with pytest.raises(ValueError, match="must not train towards the concept"):
         ESDConfig(eta=-3.0)
     ESDConfig(eta=0.0, eta_convention="erase_from")  # -1 in the paper's: nothing to learn, which is no harm
+
+
+def test_erasing_from_the_empty_prompt_asks_the_student_for_it(family):
+    config = replace(CONFIG, erase_from="")
+    asked = []
+    ours = objective(family, config)
+    ours.prompts = lambda prompts: (asked.extend(prompts), PromptTable(family, [""])([""] * len(prompts)))[1]
+    ours.losses(family.denoiser, 0, Shard(0, 1))
+    assert set(asked) == {""}

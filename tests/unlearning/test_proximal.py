@@ -89,6 +89,14 @@ def test_share_of_changed_weights_is_what_the_schedule_says(family, forget, reta
     assert all(share <= limit for share, limit in zip(shares, expected, strict=True))
 
 
+def test_released_schedule_counts_the_retain_batches_too():
+    config = ProximalConfig(changed_ratio=0.5, schedule="released")
+    total = 2 * (3 + 9)  # passes of 3 forget and 9 retain batches
+    shares = [config.share_at(step, 6, 3, 9) for step in range(6)]
+    assert shares == pytest.approx([0.5 * (1 - k / total) for k in (1, 2, 3, 13, 14, 15)])
+    assert shares[-1] == pytest.approx(0.5 * 9 / total)
+
+
 def test_weights_that_did_not_change_have_the_bits_of_the_original(tiny_pipe):
     result = sfumato.unlearn(tiny_pipe, "a sneaker", "proximal", changed_ratio=0.3, schedule="fixed", **SMALL)
     after = dict(result.unet.named_parameters())
@@ -151,7 +159,7 @@ def test_share_goes_into_the_manifest(tiny_pipe, tmp_path):
     [
         ({"changed_ratio": 0.0}, r"`changed_ratio` must lie in \(0, 1\], got 0.0"),
         ({"changed_ratio": 1.5}, r"`changed_ratio` must lie in \(0, 1\], got 1.5"),
-        ({"schedule": "cosine"}, "`schedule` must be 'linear' or 'fixed', got 'cosine'"),
+        ({"schedule": "cosine"}, "`schedule` must be one of linear, fixed, released, got 'cosine'"),
         ({"retain_weight": -1.0}, "`retain_weight` must not be negative, got -1.0"),
         ({"ema_decay": 0.9}, "an average of sparse changes is not sparse"),
         ({"mask_ratio": 0.5}, "Unknown setting 'mask_ratio'"),

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from sfumato import storage
 from sfumato.unlearning.saliency import load_mask, mask_density, save_mask, top_mask
 
 
@@ -83,3 +84,9 @@ def test_file_that_is_no_mask_is_refused(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(ValueError, match="corrupt or cut short"):
         load_mask(tmp_path / "cut.safetensors")
+
+
+def test_mask_file_without_shapes_is_refused_in_words(tmp_path):
+    storage.save_tensors(tmp_path / "m.safetensors", {"a": torch.zeros(1)}, {"format": "sfumato-mask-1"})
+    with pytest.raises(ValueError, match="is damaged: it does not say the shapes"):
+        load_mask(tmp_path / "m.safetensors")

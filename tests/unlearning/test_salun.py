@@ -1,4 +1,5 @@
 import copy
+import json
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -12,7 +13,7 @@ from sfumato.concepts import Concept
 from sfumato.families import StableDiffusion
 from sfumato.randomness import randint_for, randn_for
 from sfumato.trainer import NonFiniteLossError, Shard, TrainingConfig, make_accelerator, train
-from sfumato.unlearning import core
+from sfumato.unlearning import core, gradient_ascent, noising, salun
 from sfumato.unlearning.examples import Examples, PromptTable
 from sfumato.unlearning.noising import noisy_batch
 from sfumato.unlearning.saliency import load_mask, mask_density, top_mask
@@ -157,8 +158,7 @@ def test_masks_of_the_released_code(family, forget, setting):
         assert any(not torch.equal(masks[name], plain[name]) for name in masks)
 
 
-def test_released_ways_to_show_the_forget_set(family, forget, retain):
-    """The teacher sees another posterior sample; every step has the first pictures."""
+def test_teacher_may_see_another_posterior_sample(family, forget, retain):
     model = family.denoiser
     same = {prompt: prompt for prompt in ANCHORS}
     one, two = (
@@ -173,9 +173,21 @@ def test_released_ways_to_show_the_forget_set(family, forget, retain):
         .item()
         < 1e-12
     )
-    shown = [objective(family, model, forget, retain, forget_order="first")._batch(
-        forget, step, Shard(0, 1), FORGET_STREAM, "first") for step in range(2)]  # fmt: skip
-    assert list(shown[0].rows) == list(shown[1].rows) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("method", ["salun", "proximal", "gradient_ascent"])
+@pytest.mark.parametrize(("order", "rows"), [("first", [0, 1, 0, 1, 0, 1]), ("sequential", [0, 1, 2, 3, 0, 1])])
+def test_forget_pictures_come_in_the_order_that_is_asked_for(tiny_pipe, method, order, rows, monkeypatch):
+    seen, draw = [], noising.noised
+
+    def watch(family, examples, index, keys, max_timestep=None):
+        if keys[0][1] in (FORGET_STREAM, gradient_ascent.FORGET_STREAM):
+            seen.extend(index)
+        return draw(family, examples, index, keys, max_timestep)
+
+    monkeypatch.setattr(noising, "noised", watch)
+    sfumato.unlearn(tiny_pipe, "a sneaker", method, verify=False, forget_order=order, **SMALL)
+    assert seen[:6] == rows  # two pictures in each of three steps
 
 
 @pytest.mark.parametrize("leaky", [False, True])
@@ -236,8 +248,6 @@ def test_given_pipeline_keeps_its_weights_and_shares_its_other_parts(tiny_pipe):
 
 
 def test_result_is_a_folder_that_stock_diffusers_loads_with_its_manifest(tiny_pipe, tmp_path):
-    import json
-
     from diffusers import StableDiffusionPipeline
 
     result = sfumato.unlearn(tiny_pipe, "a sneaker", output_dir=tmp_path / "out", seed=3, **SMALL)
@@ -251,8 +261,6 @@ def test_result_is_a_folder_that_stock_diffusers_loads_with_its_manifest(tiny_pi
 
 
 def test_the_manifest_counts_what_passes_through_the_denoiser(tiny_pipe, tmp_path):
-    import json
-
     sfumato.unlearn(tiny_pipe, "a sneaker", output_dir=tmp_path / "out", **SMALL, example_guidance=3.0)
     drawing, mask = 8 * 2 * 2, 4 * 2  # guided pictures of two steps, and one guided pass over the forget set
     training = 3 * (2 + 2 + 2) + (2 + 2 + 2)  # student, retain and teacher; the last for the check of the loss
@@ -313,20 +321,60 @@ def test_weights_that_half_precision_can_not_hold_are_not_made_infinite():
 
 
 def test_image_folders_replace_the_model_s_own_pictures(tiny_pipe, tmp_path):
-    import json
-
     from PIL import Image
 
-    for kind in ("forget", "retain"):
+    for kind, blue in ("forget", 10), ("retain", 200):
         (tmp_path / kind).mkdir()
         for number in range(3):
-            Image.new("RGB", (20 + number, 12), (40 * number, 90, 10)).save(tmp_path / kind / f"{number}.png")
+            Image.new("RGB", (20 + number, 12), (40 * number, 90, blue)).save(tmp_path / kind / f"{number}.png")
     rows = [{"file_name": f"{number}.png", "text": "my shoe"} for number in range(2)]
     (tmp_path / "forget" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     result = sfumato.unlearn(
         tiny_pipe, "a sneaker", forget_images=str(tmp_path / "forget"), retain_images=str(tmp_path / "retain"), **SMALL
     )
     assert not torch.equal(result.unet.conv_in.weight, tiny_pipe.unet.conv_in.weight)
+
+
+def folders_of(tmp_path, captions):
+    """A picture in each of two folders, with captions of their own."""
+    from PIL import Image
+
+    for kind, caption in captions.items():
+        (tmp_path / kind).mkdir()
+        Image.new("RGB", (20, 12), (90, 90, 10 if kind == "forget" else 200)).save(tmp_path / kind / "a.png")
+        if caption:
+            row = {"file_name": "a.png", "text": caption}
+            (tmp_path / kind / "metadata.jsonl").write_text(json.dumps(row))
+    return {f"{kind}_images": str(tmp_path / kind) for kind in captions}
+
+
+@pytest.mark.parametrize(
+    ("captions", "settings", "message"),
+    [
+        ({"forget": "a boot"}, {"retain": ["a boot"]}, "'a boot', a caption of .* is to be forgotten and retained"),
+        ({"forget": "a boot", "retain": "a boot"}, {}, "'a boot', a caption of .* is to be forgotten and retained"),
+        (
+            {"forget": "bag"},
+            {"anchor": "bag", "retain": ["a coat"]},
+            "'bag', a caption of .* is what the concept is to become",
+        ),
+        ({"forget": "", "retain": "a pink sneaker"}, {}, "is to be retained but names 'sneaker'"),
+    ],
+)
+def test_captions_that_contradict_each_other_are_refused(tiny_pipe, tmp_path, captions, settings, message):
+    with pytest.raises(ValueError, match=message):
+        sfumato.unlearn(tiny_pipe, "sneaker", **folders_of(tmp_path, captions), **settings, **SMALL)
+
+
+def test_pictures_in_both_folders_or_one_folder_in_the_other_are_refused(tiny_pipe, tmp_path):
+    folders = folders_of(tmp_path, {"forget": "", "retain": ""})
+    (tmp_path / "retain" / "b.png").write_bytes((tmp_path / "forget" / "a.png").read_bytes())
+    with pytest.raises(ValueError, match="a.png is to be forgotten and is the same picture as .*b.png"):
+        sfumato.unlearn(tiny_pipe, "sneaker", **folders, **SMALL)
+    (tmp_path / "retain" / "b.png").unlink()
+    (tmp_path / "forget" / "in").mkdir()
+    with pytest.raises(ValueError, match="lies in the other; give two apart"):
+        sfumato.unlearn(tiny_pipe, "sneaker", **{**folders, "retain_images": str(tmp_path / "forget" / "in")}, **SMALL)
 
 
 def test_a_bad_picture_to_retain_is_named_before_any_is_drawn(tiny_pipe, tmp_path, capfd):
@@ -355,7 +403,7 @@ def test_seed_decides_the_result(tiny_pipe):
         ({"method": "salsa"}, "Unknown method 'salsa'; choose from salun"),
         ({"mask_ratio": 1.2}, r"`mask_ratio` must lie in \[0, 1\], got 1.2"),
         ({"learning_rat": 1.0}, "Unknown setting 'learning_rat'. Did you mean 'learning_rate'"),
-        ({"parameters": "attn"}, "Unknown parameter subset 'attn'"),
+        ({"parameters": "attn"}, "`parameters` must be one of full, xattn"),
         ({"retain": []}, "retain set is empty"),
         ({"retain": [""]}, "retain set has an empty prompt"),
         ({"retain": ["a photo of a sneaker"]}, "is to be retained but names 'sneaker'"),
@@ -421,3 +469,25 @@ def test_training_moves_the_concept_towards_its_anchor(family, forget, retain):
     history = train(denoiser, ours, replace(TrainingConfig(), steps=150, learning_rate=3e-3))
     first, last = (sum(row["forget"] for row in rows) for rows in (history[:20], history[-20:]))
     assert last < 0.6 * first
+
+
+def test_a_resumed_run_keeps_the_mask_that_its_weights_moved_under(tiny_pipe, tmp_path, monkeypatch):
+    settings = {**SMALL, "steps": 4, "checkpoint_every": 2, "mask_ratio": 0.5, "verify": False}
+    whole = sfumato.unlearn(tiny_pipe, "a sneaker", **settings)
+    cast = core._cast
+    monkeypatch.setattr(core, "_cast", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        sfumato.unlearn(tiny_pipe, "a sneaker", output_dir=tmp_path / "out", **settings)
+    monkeypatch.setattr(core, "_cast", cast)
+    monkeypatch.setattr(salun, "saliency_mask", None)  # not made once more
+    resumed = sfumato.unlearn(tiny_pipe, "a sneaker", output_dir=tmp_path / "out", resume=True, **settings)
+    assert storage.fingerprint(resumed.unet.named_parameters()) == storage.fingerprint(whole.unet.named_parameters())
+
+
+def test_mask_that_is_empty_leaves_a_manifest_that_is_json(tiny_pipe, tmp_path):
+    sfumato.unlearn(tiny_pipe, "a sneaker", output_dir=tmp_path / "out", mask_ratio=0.0, verify=False, **SMALL)
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text(), parse_constant=refuse)["mask_density"] == 0

@@ -88,3 +88,14 @@ def test_a_check_that_fails_does_not_cost_the_result(tiny_pipe, tmp_path, capsys
     sfumato.unlearn(tiny_pipe, "sneaker", "uce", output_dir=tmp_path)
     assert "could not be checked (RuntimeError: out of memory)" in capsys.readouterr().err
     assert "verdict" not in json.loads((tmp_path / "manifest.json").read_text())
+
+
+def test_every_phrase_must_be_known(tiny_pipe):
+    """The word has the embedding of padding, so that asking for it is asking for nothing."""
+    tokens = tiny_pipe.tokenizer("bag", add_special_tokens=False).input_ids
+    table = tiny_pipe.text_encoder.get_input_embeddings().weight
+    with torch.no_grad():
+        table[tokens] = table[tiny_pipe.tokenizer.eos_token_id].clone()
+    for method, forget in ("uce", "bag"), ("uce", ["sneaker", "bag"]), ("esd", ["sneaker", "bag"]):
+        with pytest.raises(ValueError, match="the same with and without 'bag'"):
+            sfumato.unlearn(tiny_pipe, forget, method)

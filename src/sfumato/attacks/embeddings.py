@@ -74,9 +74,6 @@ class EmbeddingAttackConfig:
     def __post_init__(self) -> None:
         """Check the types and ranges."""
         check_types(self)
-        for name, choices in (("insertion", INSERTIONS), ("attack", ("projected", "released"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         for name, least in (("tokens", 1), ("steps", 1), ("levels", 2), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")

@@ -25,13 +25,16 @@ Zhang, Chen, Jia, Zhang, Fan, Liu, Hong, Ding, Liu, "Defensive Unlearning with A
 Erasure in Diffusion Models", NeurIPS 2024, arXiv 2405.15234. Where this differs from the released code: an attack
 never displaces the concept's own tokens, because they are counted as the tokenizer does (``legacy_word_count`` counts
 words); states have the times they were walked to (``legacy_level_mismatch``); every state of a step has a time of its
-own (``legacy_shared_time``); with ``"iter"`` gamma weighs the steps that retain (``legacy_unweighted_turns``); no
-gradient is computed for weights that are not trained; batches may have any size.
+own (``legacy_shared_time``); with ``"iter"`` gamma weighs the steps that retain (``legacy_unweighted_turns``);
+``attack_start="latest"`` starts from the embeddings last found, wherever they stand in the prompt (there from those
+behind the start token); the whole text encoder is trained, not chosen layers of it; DDIM walks; no gradient is
+computed for weights that are not trained; batches may have any size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,8 +92,8 @@ class AdvUnlearnConfig(TrajectoryConfig):
             the last attack.
         attack_tokens: k; ``"add"`` has as many as the concept.
         insertion: ``"prefix"``, ``"suffix"``, ``"replace"`` or ``"add"``.
-        legacy_word_count: Take a prompt to have as many tokens as words, as released: if it has more, the attack
-            displaces some.
+        legacy_word_count: Take a prompt to have as many tokens as words, as released: if it has more, an attack before
+            or behind it displaces some.
         legacy_shared_time: Draw one time for all states of a step, erased and retained, as released.
         legacy_unweighted_turns: With ``"iter"``, let retaining steps have weight 1 whatever gamma is, as released.
     """
@@ -119,13 +122,6 @@ class AdvUnlearnConfig(TrajectoryConfig):
     def __post_init__(self) -> None:
         """Check the types and ranges."""
         super().__post_init__()
-        allowed = {
-            "train": ("text_encoder", "denoiser"), "retention": ("reg", "iter"), "attack": ("released", "projected"),
-            "attack_start": ("random", "latest"), "insertion": INSERTIONS,
-        }  # fmt: skip
-        for name, choices in allowed.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         for name in ("retain_steps", "retain_batch_size", "retain_trajectories", "attack_steps", "attack_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -362,13 +358,29 @@ def check(task: Task, config: AdvUnlearnConfig) -> None:
         )
 
 
+@contextmanager
+def checkpointed(denoiser: torch.nn.Module, wanted: bool) -> Iterator[None]:
+    """Let a denoiser recompute its activations, if `wanted`: gradients pass through it, whoever is trained."""
+    wanted = wanted and hasattr(denoiser, "enable_gradient_checkpointing")
+    if wanted:
+        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        if wanted:
+            denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
+
+
 def run(task: Task, config: AdvUnlearnConfig) -> tuple[History, dict[str, Any]]:
     """Walk the trajectories, then attack and defend in turns; see `sfumato.unlearning.task`."""
     order = rng_for(task.seed, RETAIN_PROMPTS).permutation(len(task.concept.retain))
     kept = [task.concept.retain[order[k % len(order)]] for k in range(config.retain_trajectories)]
     names = config.names(task.concept)
     prompts = task.prompts(task.concept.prompts, kept, [""], list((names or {}).values()))
-    walkers = [Walker(task.family, prompts, config, task.accelerator, source) for source in (names, None)]
+    walkers = [
+        Walker(task.family, prompts, config, task.accelerator, source, config.legacy_shared_time)
+        for source in (names, None)
+    ]
     erased = task.concept.prompts * config.trajectories_per_prompt
     walked = [
         find_trajectories(task, walkers[0], erased, "forget-trajectories", FORGET_BANK),
@@ -379,7 +391,10 @@ def run(task: Task, config: AdvUnlearnConfig) -> tuple[History, dict[str, Any]]:
         TrainedTrajectories(walker, task.model, bank) if live else bank
         for walker, bank in zip(walkers, walked, strict=True)
     )
-    with frozen(task.family.denoiser, task.family.parts["text_encoder"]):
+    with (
+        frozen(task.family.denoiser, task.family.parts["text_encoder"]),
+        checkpointed(task.family.denoiser, task.training.gradient_checkpointing),
+    ):
         objective = AdvUnlearnObjective(task, config, forget, retain)
         passes, count = task.training.gradient_accumulation_steps, task.accelerator.num_processes
         shards = [Shard(number * count + task.accelerator.process_index, passes * count) for number in range(passes)]

@@ -79,7 +79,7 @@ class EditConfig:
     """
 
     positions: str = field(default="aligned", metadata={"choices": ["last", "aligned", "all"]})
-    templates: str = field(default="concept", metadata={"choices": ["concept", "bare", "art", "object"]})
+    templates: str = field(default="concept", metadata={"choices": ["concept", *TEMPLATES]})
     edit_scale: float = 1.0
     preserve_scale: float | None = None
     lambda_abs: float = 0.5
@@ -88,9 +88,6 @@ class EditConfig:
     def __post_init__(self) -> None:
         """Check the types and ranges."""
         check_types(self)
-        for name, choices in (("positions", ("last", "aligned", "all")), ("templates", ("concept", *TEMPLATES))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         if self.edit_scale <= 0:
             raise ValueError(f"`edit_scale` must be positive, got {self.edit_scale}.")
         for name in ("preserve_scale", "lambda_abs", "lambda_rel"):

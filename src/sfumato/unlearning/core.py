@@ -129,7 +129,9 @@ def unlearn(
     Raises:
         ValueError: If the family, method, concept or a setting is unknown, the sets contradict each other, or the
             text encoder and the denoiser have different dtypes.
-        FileExistsError: If `output_dir` already holds a result.
+        FileExistsError: If `output_dir` already holds a result, or other files.
+        OSError: If `output_dir` can't be written or its disk is full, or a picture, mask or recipe is not there.
+        ImportError: If an optional package that a setting asks for is missing.
         NonFiniteLossError: If the loss or a weight becomes NaN or infinite.
     """
     began = time.perf_counter()
@@ -244,7 +246,8 @@ def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
                 f"{name} has a weight of {parameter.abs().max():.3g}, beyond what {dtype} can hold: load the pipeline"
                 " in float32 or bfloat16, or use a smaller learning rate."
             )
-    model.to(dtype)
+    if any(parameter.dtype != dtype for parameter in model.parameters()):
+        model.to(dtype)
 
 
 def _size_of(pipe: DiffusionPipeline) -> int:

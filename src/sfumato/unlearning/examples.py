@@ -6,6 +6,7 @@ and prompts are kept as an index into one table of embeddings, so the text encod
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 from sfumato.families import Conditioning, StableDiffusion
 from sfumato.randomness import generator_for
 
-__all__ = ["Examples", "PromptTable", "draw_examples", "read_image_folder"]
+__all__ = ["Examples", "PromptTable", "draw_examples", "read_image_folder", "refuse_same_pictures"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -140,7 +141,7 @@ def read_image_folder(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no image folder {folder}.")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    files = _pictures(folder)
     if not files:
         raise FileNotFoundError(f"The image folder {folder} has no pictures ({', '.join(IMAGE_SUFFIXES)}).")
     captions = _captions(folder / "metadata.jsonl")
@@ -153,6 +154,19 @@ def read_image_folder(
     named = (captions.get(file.relative_to(folder).as_posix()) for file in files)
     texts = tuple(text or prompts[number % len(prompts)] for number, text in enumerate(named))
     return Examples(torch.cat(means), torch.cat(stds), texts)
+
+
+def refuse_same_pictures(forget: str | Path, retain: str | Path) -> None:
+    """Refuse, with a ValueError that names them, two folders that have a picture in common."""
+    seen = {hashlib.sha256(file.read_bytes()).digest(): file for file in _pictures(forget)}
+    for file in _pictures(retain):
+        same = seen.get(hashlib.sha256(file.read_bytes()).digest())
+        if same is not None:
+            raise ValueError(f"{same} is to be forgotten and is the same picture as {file}, which is to be retained.")
+
+
+def _pictures(folder: str | Path) -> list[Path]:
+    return sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _captions(path: Path) -> dict[str, str]:

@@ -9,13 +9,14 @@ alpha being ``retain_weight`` and b ``bound``: a picture whose loss has grown be
 at the start pulls no further. Without the bound the loss has no minimum, and the whole model is lost.
 
 The baseline of Fan et al., "SalUn", ICLR 2024, arXiv 2310.12508, as their release runs it on Stable Diffusion. The
-bound is ours; ``bound: null`` switches it off. Both sets are shuffled at every pass.
+bound is ours; ``bound: null`` switches it off. Both sets are shuffled at every pass, where until February 2026 the
+released code showed the first forget batch in every step (``forget_order``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from sfumato.families import StableDiffusion
 from sfumato.trainer import Shard
 from sfumato.unlearning.examples import Examples, PromptTable
-from sfumato.unlearning.noising import noisy_batch
+from sfumato.unlearning.noising import ORDERS, noisy_batch
 from sfumato.unlearning.task import History, Task, TrainedConfig
 
 __all__ = ["GradientAscentConfig", "GradientAscentObjective", "run", "starting_loss"]
@@ -38,10 +39,12 @@ class GradientAscentConfig(TrainedConfig):
 
     Attributes:
         retain_weight: alpha, the weight of the retain term.
+        forget_order: ``"shuffled"`` anew in every pass, ``"sequential"``, or always the ``"first"`` batch.
         bound: b, how many times the starting loss of the forget set a picture's loss may grow; None sets no bound.
     """
 
     retain_weight: float = 0.1
+    forget_order: str = field(default="shuffled", metadata={"choices": list(ORDERS)})
     bound: float | None = 5.0
 
     def __post_init__(self) -> None:
@@ -72,13 +75,17 @@ class GradientAscentObjective:
     ) -> None:  # fmt: skip
         self.family, self.forget, self.retain, self.prompts = family, forget, retain, prompts
         self.batch_size, self.retain_weight = config.batch_size, config.retain_weight
+        self.forget_order = config.forget_order
         self.seed, self.ceiling = seed, ceiling
 
     def losses(self, model: torch.nn.Module, step: int, shard: Shard) -> Mapping[str, torch.Tensor]:
         """Give the terms ``forget`` (negative) and ``retain``; both share one forward pass."""
+        sets = ((self.forget, FORGET_STREAM, self.forget_order), (self.retain, RETAIN_STREAM, "shuffled"))
         drawn = [
-            noisy_batch(self.family, examples, self.batch_size, step, shard, seed=self.seed, stream=stream)
-            for examples, stream in ((self.forget, FORGET_STREAM), (self.retain, RETAIN_STREAM))
+            noisy_batch(
+                self.family, examples, self.batch_size, step, shard, seed=self.seed, stream=stream, order=order
+            )
+            for examples, stream, order in sets
         ]
         predicted = self.family.predict(
             model, torch.cat([batch.noisy for batch in drawn]), torch.cat([batch.timesteps for batch in drawn]),

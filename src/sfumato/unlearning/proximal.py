@@ -11,15 +11,24 @@ After every step the change since the original weights is soft-thresholded,
 .. math::
     \theta \leftarrow \theta_0 + \mathrm{sign}(\Delta)\, \max(|\Delta| - \tau, 0), \qquad \Delta = \theta - \theta_0 ,
 
-with tau the (k+1)-th largest :math:`|\Delta|` over all trained weights, so that k of the N may differ. As released,
-:math:`k = N \rho\, (1 - s/S)` shrinks with the step s of S (``schedule="linear"``); ``"fixed"`` keeps
-:math:`k = N \rho` . The share rho is ``changed_ratio``.
+with tau the (k+1)-th largest :math:`|\Delta|` over all trained weights, so that k of the N may differ. With
+``schedule="linear"``, :math:`k = N \rho\, (1 - s/S)` shrinks with the step s of S, to N rho / S at the last; with
+``"fixed"``, :math:`k = N \rho` . The share rho is ``changed_ratio``.
+
+``schedule="released"`` is what the released code does: it counts the retain batches too, though a pass has a step for
+each forget batch only, so that after batch i, from 0, of pass e, of E,
+
+.. math::
+    k = N \rho\, \Big(1 - \frac{e\,(F + R) + i + 1}{E\,(F + R)}\Big)
+
+with F and R batches in the two sets: it jumps between passes, and rho R / (E (F + R)) of the weights are left at the
+end.
 
 The soft-threshold variant of Fan, Liu, Zhang, Wong, Wei, Liu, "SalUn", ICLR 2024, arXiv 2310.12508. Where this differs
 from the released code: tau is the next magnitude after the k that may differ, not the k-th, so exactly k do unless
 magnitudes tie; N counts the trained weights, not also those of the autoencoder and the text encoder; weights that do
 not differ keep their bits, as they are not made by adding zero; tau is found by two histograms, without a sort, and
-needs no copy of the changes. The last step of the linear schedule leaves N rho / S weights changed, as it does there.
+needs no copy of the changes; and what differs in `salun` (``forget_order``, ``legacy_two_samples``).
 """
 
 from __future__ import annotations
@@ -31,6 +40,7 @@ from typing import Any
 import torch
 
 from sfumato.trainer import Shard
+from sfumato.unlearning.noising import ORDERS
 from sfumato.unlearning.saliency import kth_largest
 from sfumato.unlearning.salun import SalUnConfig, SalUnObjective
 from sfumato.unlearning.task import History, Task, TrainedConfig
@@ -45,12 +55,17 @@ class ProximalConfig(TrainedConfig):
     Attributes:
         retain_weight: alpha, the weight of the retain term.
         changed_ratio: rho, the share of the trained weights that may differ from the original ones.
-        schedule: ``"linear"``: the share falls to nothing with the steps; ``"fixed"``: it stays.
+        schedule: ``"linear"``: the share falls to nothing with the steps; ``"fixed"``: it stays; ``"released"``: it
+            falls as in the released code.
+        forget_order: As `SalUnConfig` has it.
+        legacy_two_samples: Likewise.
     """
 
     retain_weight: float = 0.5
     changed_ratio: float = 0.5
-    schedule: str = field(default="linear", metadata={"choices": ["linear", "fixed"]})
+    schedule: str = field(default="linear", metadata={"choices": ["linear", "fixed", "released"]})
+    forget_order: str = field(default="shuffled", metadata={"choices": list(ORDERS)})
+    legacy_two_samples: bool = False
 
     def __post_init__(self) -> None:
         """Check the types and ranges."""
@@ -59,12 +74,23 @@ class ProximalConfig(TrainedConfig):
             raise ValueError(f"`retain_weight` must not be negative, got {self.retain_weight}.")
         if not 0 < self.changed_ratio <= 1:
             raise ValueError(f"`changed_ratio` must lie in (0, 1], got {self.changed_ratio}.")
-        if self.schedule not in ("linear", "fixed"):
-            raise ValueError(f"`schedule` must be 'linear' or 'fixed', got {self.schedule!r}.")
 
-    def share_at(self, step: int, steps: int) -> float:
-        """Give the share of weights that may differ after a step, from 0, of so many."""
-        return self.changed_ratio * (1 - step / steps if self.schedule == "linear" else 1)
+    def share_at(self, step: int, steps: int, forget_batches: int = 1, retain_batches: int = 1) -> float:
+        """Give the share of weights that may differ after a step, from 0, of so many.
+
+        Args:
+            step: The step.
+            steps: How many there are.
+            forget_batches: F, of the released schedule alone.
+            retain_batches: R, likewise.
+        """
+        if self.schedule == "fixed":
+            return self.changed_ratio
+        if self.schedule == "linear":
+            return self.changed_ratio * (1 - step / steps)
+        both, passes = forget_batches + retain_batches, -(-steps // forget_batches)
+        done = step // forget_batches * both + step % forget_batches + 1
+        return self.changed_ratio * (1 - done / (passes * both))
 
 
 class _Distances(Mapping[str, torch.Tensor]):
@@ -131,7 +157,9 @@ class ProximalObjective:
 
     def after_step(self, model: torch.nn.Module, step: int, shards: Sequence[Shard]) -> None:
         """Threshold the change; every process has the same weights, so it does the same."""
-        soft_threshold(self.weights, self.original, self.config.share_at(step, self.steps))
+        sets = (self.relabelling.forget, self.relabelling.retain)
+        batches = [-(-len(examples) // self.batch_size) for examples in sets]
+        soft_threshold(self.weights, self.original, self.config.share_at(step, self.steps, *batches))
 
     def state(self) -> Mapping[str, torch.Tensor]:
         """Give nothing: the weights are the trainer's, and the original ones are there at every start."""
@@ -154,7 +182,10 @@ def run(task: Task, config: ProximalConfig) -> tuple[History, dict[str, Any]]:
     forget, retain = task.examples("forget"), task.examples("retain")
     anchors = task.anchors(forget.prompts)
     prompts = task.prompts(forget.prompts, retain.prompts, list(anchors.values()))
-    salun = SalUnConfig(batch_size=config.batch_size, retain_weight=config.retain_weight)
+    salun = SalUnConfig(
+        batch_size=config.batch_size, retain_weight=config.retain_weight, forget_order=config.forget_order,
+        legacy_two_samples=config.legacy_two_samples,
+    )  # fmt: skip
     relabelling = SalUnObjective(task.family, task.model, forget, retain, anchors, prompts, salun, task.seed)
     objective = ProximalObjective(relabelling, task.trained(), config, task.training.steps)
     history = task.train(objective, "proximal")

@@ -82,9 +82,6 @@ class RECEConfig(EditConfig):
         super().__post_init__()
         if self.epochs < 0:
             raise ValueError(f"`epochs` must not be negative, got {self.epochs}.")
-        for name, choices in (("regulariser", REGULARISERS), ("keep", ("retain", "anchor"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         for name in ("lambda_r", "erase_scale", "erase_lambda"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")

@@ -38,7 +38,8 @@ class DenoisingResidual:
         seed: Seeds the pictures and the noise.
         legacy_scaled_noise: Compare predictions with a thousandth of their target, as the released code of Fan et al.
             (arXiv 2403.07362) does, which measures how large a prediction is rather than how wrong.
-        legacy_first_prompt: Ask for the first prompt whatever a picture shows, as released.
+        legacy_first_prompt: Ask for the prompt of the first of every four pictures, the batches of the released code,
+            whatever the other three show.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class DenoisingResidual:
         family = family_of(pipe)
         self.prompts, self.pictures, self.batch_size = tuple(prompts), pictures, batch_size
         self.target_scale = 1e-3 if legacy_scaled_noise else 1.0
-        self.asked = [prompts[0] if legacy_first_prompt else prompt for prompt in prompts for _ in range(pictures)]
         self.captions = [prompt for prompt in prompts for _ in range(pictures)]
+        count = len(self.captions)
+        self.asked = [self.captions[k - k % 4 if legacy_first_prompt else k] for k in range(count)]
         self.latents = torch.cat(
             [
                 family.generate(

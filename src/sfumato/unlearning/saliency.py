@@ -144,9 +144,11 @@ def load_mask(
     provenance = storage.read_metadata(path)
     if provenance.pop("format", None) != "sfumato-mask-1":
         raise ValueError(f"{path} is not a saliency mask; make one with method='salun'.")
-    shapes = provenance.pop("shapes")
+    tensors, shapes = storage.load_tensors(path), provenance.pop("shapes", {})
+    if set(shapes) != set(tensors):
+        raise ValueError(f"{path} is damaged: it does not say the shapes of its masks; make another.")
     masks = {}
-    for name, packed in storage.load_tensors(path).items():
+    for name, packed in tensors.items():
         size = int(np.prod(shapes[name]))
         masks[name] = torch.from_numpy(np.unpackbits(packed.numpy(), count=size).astype(bool)).view(shapes[name])
     if model is not None:

@@ -28,14 +28,17 @@ set (``forget_order``).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from math import isfinite
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from sfumato.families import StableDiffusion
@@ -47,6 +50,7 @@ from sfumato.unlearning.task import History, Task, TrainedConfig
 
 __all__ = ["SalUnConfig", "SalUnObjective", "check", "find_mask", "run", "saliency_mask"]
 
+MASK_FILE = "saliency_mask.safetensors"
 MASK_STREAM, FORGET_STREAM, RETAIN_STREAM = 101, 102, 103  # keys that keep the random streams apart
 
 
@@ -86,12 +90,6 @@ class SalUnConfig(TrainedConfig):
             raise ValueError(f"`mask_ratio` must lie in [0, 1], got {self.mask_ratio}.")
         if self.retain_weight < 0:
             raise ValueError(f"`retain_weight` must not be negative, got {self.retain_weight}.")
-        for name, allowed in (
-            ("mask_scope", ("trained", "network")), ("mask_accumulate", ("signed", "absolute")),
-            ("forget_order", ORDERS),
-        ):  # fmt: skip
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
 
 
 class SalUnObjective:
@@ -161,29 +159,25 @@ def saliency_mask(
     sizes = {name: torch.zeros_like(p) for name, p in ranked.items()} if config.mask_accumulate == "absolute" else {}
     for parameter in ranked.values():
         parameter.requires_grad_(True)
-    mine = range(accelerator.process_index, len(forget), accelerator.num_processes)
-    batches = [list(mine[i : i + config.batch_size]) for i in range(0, len(mine), config.batch_size)]
+    rank, count = accelerator.process_index, accelerator.num_processes
+    size = config.batch_size * (1 if sizes else count)  # sizes are of batches that the processes share
+    batches = [list(range(i, min(i + size, len(forget))))[rank::count] for i in range(0, len(forget), size)]
     for index in tqdm(batches, desc="saliency", disable=not accelerator.is_main_process):
-        batch = noised(family, forget, np.array(index), [(task.seed, MASK_STREAM, i) for i in index])
-        captions = [*batch.captions, *[""] * len(index)]
-        with accelerator.autocast():
-            both = family.predict(
-                denoiser, batch.noisy.repeat(2, 1, 1, 1), batch.timesteps.repeat(2), prompts(captions)
-            )
-        conditional, unconditional = both.float().chunk(2)
-        guided = (1 + guidance) * conditional - guidance * unconditional
-        per_example = (guided - batch.target).pow(2).flatten(1).mean(1)
-        (-per_example.sum()).backward()  # gradients add up in .grad, signed, in float32
-        for name, size in sizes.items():
-            parameter = ranked[name]
-            if parameter.grad is not None:
-                size += parameter.grad.abs()
-                parameter.grad = None
-    saliency = {}
+        if index:
+            batch = noised(family, forget, np.array(index), [(task.seed, MASK_STREAM, i) for i in index])
+            captions = [*batch.captions, *[""] * len(index)]
+            with accelerator.autocast():
+                both = family.predict(
+                    denoiser, batch.noisy.repeat(2, 1, 1, 1), batch.timesteps.repeat(2), prompts(captions)
+                )
+            conditional, unconditional = both.float().chunk(2)
+            guided = (1 + guidance) * conditional - guidance * unconditional
+            per_example = (guided - batch.target).pow(2).flatten(1).mean(1)
+            (-per_example.sum()).backward()  # gradients add up in .grad, signed, in float32
+        for name, total in sizes.items():
+            total += _taken(ranked[name], accelerator).abs()
+    saliency = sizes or {name: _taken(parameter, accelerator).abs() for name, parameter in ranked.items()}
     for name, parameter in ranked.items():
-        gradient = parameter.grad if parameter.grad is not None else sizes.get(name, torch.zeros_like(parameter))
-        saliency[name] = accelerator.reduce(gradient.float(), "sum").abs()
-        parameter.grad = None
         parameter.requires_grad_(name in trained)
     if config.legacy_inverted_mask:
         salient, threshold = top_mask(saliency, 1 - config.mask_ratio)
@@ -191,6 +185,14 @@ def saliency_mask(
     else:
         masks, threshold = top_mask(saliency, config.mask_ratio)
     return {name: masks[name] for name in trained}, threshold
+
+
+def _taken(parameter: torch.nn.Parameter, accelerator: Accelerator) -> torch.Tensor:
+    """Take a parameter's gradient from it, summed over the processes, float32."""
+    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    parameter.grad = None
+    summed: torch.Tensor = accelerator.reduce(gradient.float(), "sum")
+    return summed
 
 
 def check(task: Task, config: SalUnConfig) -> None:
@@ -229,14 +231,30 @@ def find_mask(
     if config.mask_path is not None:
         masks, _ = load_mask(config.mask_path, task.model)
         return masks, {"mask_density": mask_density(masks), "mask_path": config.mask_path}
+    earlier = _earlier_mask(task)
+    if earlier is not None:
+        return earlier
     masks, threshold = saliency_mask(task, forget, prompts, config)
-    facts = {"mask_density": mask_density(masks), "mask_threshold": threshold}
+    facts = {"mask_density": mask_density(masks), "mask_threshold": threshold if isfinite(threshold) else None}
     if task.output_dir is not None and task.accelerator.is_main_process:
         provenance = {
             **task.identity, **facts, "ratio": config.mask_ratio, "guidance": config.mask_guidance, "seed": task.seed,
-            "examples": len(forget), "accumulate": config.mask_accumulate, "scope": config.mask_scope,
+            "forget_pictures": len(forget), "accumulate": config.mask_accumulate, "scope": config.mask_scope,
             "inverted": config.legacy_inverted_mask,
             "versions": {name: version(name) for name in ("sfumato", "torch", "diffusers")},
         }  # fmt: skip
-        save_mask(task.output_dir / "saliency_mask.safetensors", masks, provenance)
+        save_mask(task.output_dir / MASK_FILE, masks, provenance)
     return masks, facts
+
+
+def _earlier_mask(task: Task) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The mask that an earlier start of this run left, if all processes see it: weights have moved under it."""
+    path = task.output_dir / MASK_FILE if task.output_dir is not None and task.resume else None
+    found = None
+    if path is not None and path.is_file():
+        masks, stated = load_mask(path, task.model)
+        own = json.loads(json.dumps(task.identity))
+        if all(stated.get(name) == value for name, value in own.items()):
+            found = masks, {name: stated[name] for name in ("mask_density", "mask_threshold")}
+    seen = torch.tensor(float(found is not None), device=task.accelerator.device)
+    return found if float(task.accelerator.reduce(seen, "mean")) == 1 else None

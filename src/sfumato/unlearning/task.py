@@ -21,13 +21,16 @@ from sfumato.families import StableDiffusion
 from sfumato.settings import check_types
 from sfumato.trainer import Objective, TrainingConfig, train
 from sfumato.unlearning.costs import Costs
-from sfumato.unlearning.examples import Examples, PromptTable, draw_examples, read_image_folder
+from sfumato.unlearning.examples import Examples, PromptTable, draw_examples, read_image_folder, refuse_same_pictures
 
-__all__ = ["ExampleConfig", "History", "Masks", "Task", "TrainedConfig"]
+__all__ = ["SUBSETS", "ExampleConfig", "History", "Masks", "Task", "TrainedConfig"]
 
 History = list[dict[str, float]]
 Masks = Mapping[str, torch.Tensor]
 """Parameter name to a `bool` tensor of its shape; False entries must not move."""
+
+SUBSETS = ["full", "xattn", "xattn-kv", "selfattn", "noxattn", "notime"]
+"""Of a denoiser's parameters; see `StableDiffusion.trainable_parameters`."""
 
 _KINDS = ("forget", "retain", "anchor")
 
@@ -68,6 +71,8 @@ class ExampleConfig:
                 raise FileNotFoundError(f"There is no image folder {folder}.")
         if len(folders) == 2 and folders[0].samefile(folders[1]):
             raise ValueError(f"The pictures of {folders[0]} are to be forgotten and retained; give two folders.")
+        if len(folders) == 2 and any(a.resolve() in b.resolve().parents for a, b in (folders, folders[::-1])):
+            raise ValueError(f"One of the folders {folders[0]} and {folders[1]} lies in the other; give two apart.")
 
 
 @dataclass
@@ -82,9 +87,7 @@ class TrainedConfig:
             before unlearning (Unlearn-Sparse, arXiv 2304.04934).
     """
 
-    parameters: str = field(
-        default="full", metadata={"choices": ["full", "xattn", "xattn-kv", "selfattn", "noxattn", "notime"]}
-    )
+    parameters: str = field(default="full", metadata={"choices": SUBSETS})
     batch_size: int = 8
     prune_ratio: float = 0.0
 
@@ -190,11 +193,18 @@ class Task:
 
     def read_folders(self) -> None:
         """Read the user's pictures, if there are any: what is wrong with them is then known before the long work."""
-        for kind in ("forget", "retain"):
-            if getattr(self.sources, f"{kind}_images") is not None:
-                captions = self.examples(kind).prompts
-                if kind == "retain":
-                    refuse_contradictions(self.concept.phrases, None, sorted(set(captions)))
+        folders = {kind: getattr(self.sources, f"{kind}_images") for kind in ("forget", "retain")}
+        given = {kind: sorted(set(self.examples(kind).prompts)) for kind, folder in folders.items() if folder}
+        if "retain" in given:
+            refuse_contradictions(self.concept.phrases, None, given["retain"])
+        kept = {*given.get("retain", ()), *self.concept.retain}
+        for caption in given.get("forget", ()):
+            if caption in kept:
+                raise ValueError(f"{caption!r}, a caption of {folders['forget']}, is to be forgotten and retained.")
+            if self.concept.anchor_of(caption) == caption:
+                raise ValueError(f"{caption!r}, a caption of {folders['forget']}, is what the concept is to become.")
+        if len(given) == 2:
+            refuse_same_pictures(folders["forget"], folders["retain"])
 
     def train(
         self, objective: Objective, description: str, masks: Masks | None = None, *, restore: bool = True

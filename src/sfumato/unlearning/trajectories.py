@@ -65,6 +65,8 @@ class TrajectoryConfig(TrainedConfig):
         refresh_every: Where the model being trained walks the trajectories: steps between two walks. 1 is exact, more
             is cheaper and uses states that are up to so many steps old.
         legacy_level_mismatch: Pair states with the times that the released code pairs them with.
+        legacy_latent_scale: Side of the latents over the model's own; 2 walks at 1024 pixels a model of 512, as the
+            released script of ESD does with Stable Diffusion 1.4.
         direction: Guide away from ``"prompt"``, each of the concept's prompts as a whole, or from ``"name"``, the
             concept's bare name, so that what else a prompt says keeps its meaning; see `erasing_target`.
     """
@@ -75,18 +77,17 @@ class TrajectoryConfig(TrainedConfig):
     trajectory_batch_size: int = 8
     refresh_every: int = 1
     legacy_level_mismatch: bool = False
+    legacy_latent_scale: int = 1
     direction: str = field(default="prompt", metadata={"choices": ["prompt", "name"]})
 
     def __post_init__(self) -> None:
         """Check the types and ranges."""
         super().__post_init__()
-        for name in ("trajectories_per_prompt", "trajectory_batch_size", "refresh_every"):
+        for name in ("trajectories_per_prompt", "trajectory_batch_size", "refresh_every", "legacy_latent_scale"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if not 2 <= self.trajectory_steps <= 1000:
             raise ValueError(f"`trajectory_steps` must lie in [2, 1000], got {self.trajectory_steps}.")
-        if self.direction not in ("prompt", "name"):
-            raise ValueError(f"`direction` must be 'prompt' or 'name', got {self.direction!r}.")
 
     def names(self, concept: Concept) -> dict[str, str] | None:
         """Give the `Walker.source` that `direction` needs."""
@@ -201,6 +202,8 @@ class Walker:
         config: How to walk.
         accelerator: The process group.
         source: Prompt to a third prompt to ask the original model about at its states; None asks about none.
+        one_time: With `TrajectoryConfig.legacy_level_mismatch`, pair the states of a level with one time in all
+            trajectories, and not in each with its own.
     """
 
     family: StableDiffusion
@@ -208,6 +211,13 @@ class Walker:
     config: TrajectoryConfig
     accelerator: Accelerator
     source: Mapping[str, str] | None = None
+    one_time: bool = False
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a state."""
+        channels, height, width = self.family.latent_shape
+        return channels, self.config.legacy_latent_scale * height, self.config.legacy_latent_scale * width
 
     @property
     def grid(self) -> torch.Tensor:
@@ -237,10 +247,10 @@ class Walker:
             The trajectories, the same on every process; without `teach`, without predictions.
         """
         accelerator, count = self.accelerator, len(prompts)
-        shape = (count, self.config.trajectory_steps, *self.family.latent_shape)
+        shape = (count, self.config.trajectory_steps, *self.latent_shape)
         names = ("empty", "prompt", *(("source",) if self.source is not None else ())) if teach else ()
         values = {name: torch.zeros(shape) for name in ("latents", *names)}
-        times = torch.stack([self._times(key) for key in keys])  # (N, L)
+        times = torch.stack([self._times(keys[0][:1] if self.one_time else key) for key in keys])  # (N, L)
         mine = range(accelerator.process_index, count, accelerator.num_processes)
         batches = [list(mine[i : i + self.config.trajectory_batch_size]) for i in
                    range(0, len(mine), self.config.trajectory_batch_size)]  # fmt: skip
@@ -288,7 +298,7 @@ class Walker:
         asked = self.asked(prompts)
         if not teach:
             asked.pop("source", None)
-        noise = randn_for([(*key, 0) for key in keys], self.family.latent_shape).to(self.family.device)
+        noise = randn_for([(*key, 0) for key in keys], self.latent_shape).to(self.family.device)
         grid, levels = self.grid, self.config.trajectory_steps
         if not self.config.legacy_level_mismatch:
             # without predictions nobody asks about the last state
@@ -337,7 +347,7 @@ class TrainedTrajectories:
     Args:
         walker: Walks, and asks the original model.
         denoiser: The bare module being trained.
-        start: Trajectories to begin with: those of the original model, which it is at first.
+        start: Trajectories to begin with, the original model's; the first step trains on them as they are.
     """
 
     def __init__(self, walker: Walker, denoiser: torch.nn.Module, start: Trajectories) -> None:
@@ -394,7 +404,7 @@ def find_trajectories(task: Task, walker: Walker, prompts: Sequence[str], name: 
     key = {
         "base": {part: storage.fingerprint(module.named_parameters()) for part, module in task.family.parts.items()},
         "prompts": list(prompts), "source": dict(walker.source or {}), "seed": task.seed, "stream": stream,
-        "prediction_type": task.family.prediction_type, "grid": walker.grid.tolist(),
+        "prediction_type": task.family.prediction_type, "grid": walker.grid.tolist(), "one_time": walker.one_time,
         **{f.name: settings[f.name] for f in fields(TrajectoryConfig) if f.name.startswith(("trajectory", "legacy"))},
     } if path is not None else {}  # fmt: skip
     stored = storage.load_tensors_of(path, key)
@@ -402,7 +412,7 @@ def find_trajectories(task: Task, walker: Walker, prompts: Sequence[str], name: 
         times, latents = stored.pop("timesteps"), stored.pop("latents")
         return Trajectories(tuple(prompts), times, latents, stored, task.family.device)
     if path is not None:
-        per_state = (3 + (walker.source is not None)) * 4 * int(np.prod(task.family.latent_shape))
+        per_state = (3 + (walker.source is not None)) * 4 * int(np.prod(walker.latent_shape))
         storage.check_disk_space(path.parent, len(prompts) * walker.config.trajectory_steps * per_state)
     keys = [(task.seed, stream, row) for row in range(len(prompts))]
     walked = walker.walk(task.family.denoiser, prompts, keys, teach=True, description=f"walk {name}")

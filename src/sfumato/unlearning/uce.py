@@ -47,12 +47,6 @@ class UCEConfig(EditConfig):
 
     technique: str = field(default="replace", metadata={"choices": ["replace", "tensor"]})
 
-    def __post_init__(self) -> None:
-        """Check the types and ranges."""
-        super().__post_init__()
-        if self.technique not in ("replace", "tensor"):
-            raise ValueError(f"`technique` must be one of replace, tensor, got {self.technique!r}.")
-
 
 def solve(
     weights: Mapping[str, torch.Tensor],

@@ -64,11 +64,11 @@ class Verdict:
             f"Predictions for {name!r} moved by {self.moved:.2f} of what tells it from its anchor, those for retained "
             f"prompts by {self.drifted:.2f} of what their prompts do."
         )
-        if self.gone is None or self.neighbours is None:
+        if self.gone is None or self.neighbours is None or self.shown_before is None:
             return f"{text} There is no judge that knows {name!r}: draw it, to see whether it is gone."
         state = f"{name!r} is gone" if self.gone >= GONE else f"{name!r} is NOT gone"
         shares = ", ".join(f"{word} {100 * a:.0f} -> {100 * b:.0f} %" for word, (a, b) in self.neighbours.items())
-        seen = f"{100 * self.gone:.0f} % of its pictures do not show it"
+        seen = f"{100 * self.gone:.0f} % of its pictures do not show it, {100 * (1 - self.shown_before):.0f} % before"
         if expected is not None:
             seen += f" (expected of the recipe: {expected[0]:.0f} to {expected[1]:.0f} %)"
         return f"{state}: {seen}. Neighbours: {shares}. {text}"
@@ -98,16 +98,17 @@ def pronounce(pipe: DiffusionPipeline, result: DiffusionPipeline, concept: Conce
 
 @torch.no_grad()
 def require_known(family: StableDiffusion, concept: Concept) -> None:
-    """Raise a ValueError if the model's prediction does not depend on whether it is asked for the concept."""
-    latents = randn_for([(STREAM, k) for k in range(2)], family.latent_shape).to(family.device)
-    times = torch.full((2,), int(0.8 * family.num_train_timesteps), device=family.device)
-    prompts = [concept.prompts[0], ""]
-    asked, empty = _predict(family, latents[:1].repeat(2, 1, 1, 1), times, prompts)
-    if (asked - empty).norm() <= 1e-4 * empty.norm():
-        raise ValueError(
-            f"The model's output is the same with and without {concept.name!r}: it does not know the concept, or its "
-            "text encoder is disconnected. Name a concept that it draws."
-        )
+    """Raise a ValueError if the model's prediction does not depend on whether it is asked for a phrase."""
+    prompts = [*concept.asked, ""]
+    latents = randn_for([(STREAM, 0)], family.latent_shape).repeat(len(prompts), 1, 1, 1).to(family.device)
+    times = torch.full((len(prompts),), int(0.8 * family.num_train_timesteps), device=family.device)
+    *asked, empty = _predict(family, latents, times, prompts)
+    for phrase, prediction in zip(concept.phrases, asked, strict=True):
+        if (prediction - empty).norm() <= 1e-4 * empty.norm():
+            raise ValueError(
+                f"The model's output is the same with and without {phrase!r}: it does not know the concept, or its "
+                "text encoder is disconnected. Name a concept that it draws."
+            )
 
 
 def _spread(prompts: Sequence[str]) -> list[str]:

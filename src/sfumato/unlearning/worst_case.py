@@ -19,7 +19,8 @@ candidates of greatest weight (`by_name`).
 
 Fan, Liu, Hero, Liu, "Challenging Forgets: Unveiling the Worst-Case Forget Sets in Machine Unlearning", ECCV 2024,
 arXiv 2403.07362. Where this differs from the released code: the sign step is taken (``signed=False`` of
-`sign_descent` is the plain gradient step that is taken there, by which diffusion models hardly forget); the upper loss
+`sign_descent` is a plain gradient step, as there but for the momentum of 0.9 and the weight decay of 5e-4; by it, at
+their rate of 1e-5, diffusion models hardly forget); the upper loss
 is the prediction's (there the noise is divided by 1000: ``legacy_scaled_noise`` of `DenoisingResidual`); each prompt
 has its own embedding (``legacy_first_prompt``, likewise); and the set returned is the best that was tried, not the
 last, which `WorstCase.history` has.
@@ -373,7 +374,7 @@ def sign_descent(
         batch_size: Pictures in a step.
         parameters: Which weights move; see `StableDiffusion.trainable_parameters`.
         seed: Seeds pictures, order, noise and times.
-        signed: Step by the sign of the gradient; False steps by the gradient itself, as the released code does.
+        signed: Step by the sign of the gradient; False steps by the gradient itself.
     """
     family = family_of(pipe)
     if family.denoiser.dtype != torch.float32:
