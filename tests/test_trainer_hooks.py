@@ -75,6 +75,13 @@ def test_each_term_is_clipped_by_itself():
     assert same(objective.seen[0]["far"], [2 * part / norms["far"] for part in expected["far"]])
 
 
+def test_surgery_sees_nothing_of_weights_that_can_not_move():
+    objective, mask = TwoTerms(), torch.eye(3).bool()
+    train(linear(), objective, replace(CONFIG, steps=1), masks={"weight": mask})
+    for name, (weight, bias) in whole_batch_gradients().items():
+        assert same(objective.seen[0][name], [weight * mask, bias])
+
+
 def test_step_is_taken_with_the_combined_gradient_and_no_other():
     model, before = linear(), linear()
     train(model, TwoTerms({"near": 0.5, "far": 0.25}), TrainingConfig(steps=1, learning_rate=0.1, optimizer="sgd"))
