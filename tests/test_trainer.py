@@ -6,7 +6,16 @@ import torch
 
 from sfumato import storage
 from sfumato.randomness import randn_for
-from sfumato.trainer import MaskedUpdate, NonFiniteLossError, Shard, TrainingConfig, make_accelerator, preflight, train
+from sfumato.trainer import (
+    MaskedUpdate,
+    NonFiniteLossError,
+    Shard,
+    TrainingConfig,
+    _zero,
+    make_accelerator,
+    preflight,
+    train,
+)
 
 
 class Regression:
@@ -300,3 +309,19 @@ def test_weight_decay_in_plain_adam_is_refused():
 
 def test_shards_cover_the_batch_without_overlap():
     assert [k for i in range(4) for k in Shard(i, 4).of(12)] == list(range(12))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 5), (2, 70_000), (131_072,), (131_073,)])
+def test_zeroing_by_bits_is_masked_fill(shape):
+    generator = torch.Generator().manual_seed(0)
+    values, where = torch.randn(shape, generator=generator), torch.rand(shape, generator=generator) < 0.5
+    if values.numel() > 4:
+        values.view(-1)[:4] = torch.tensor([-0.0, torch.inf, torch.nan, -1.0])
+        where.view(-1)[:4] = torch.tensor([True, True, True, False])
+    expected = values.masked_fill(where, 0)
+    _zero(values, where)
+    assert torch.equal(values.view(torch.int32), expected.view(torch.int32))
+    transposed, mask = torch.randn(4, 3).T, torch.rand(3, 4) < 0.5
+    expected = transposed.masked_fill(mask, 0)
+    _zero(transposed, mask)
+    assert torch.equal(transposed, expected)
