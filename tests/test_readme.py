@@ -191,6 +191,7 @@ RUNS = {
     "python benchmarks/edits.py --output edits.png": edits,
     "python benchmarks/samplers.py": compare_samplers,
     "python benchmarks/closed_form.py": closed_form,
+    "python benchmarks/unlearning.py --output bench-unlearning": compare_methods,
     "make demo": make_demo,
     "make test": make_test,
     "accelerate launch training/salun.py --model atelier --forget sneaker --output out/": salun_job,
@@ -201,7 +202,6 @@ RUNS = {
 
 
 OTHERS = {  # commands that the README does not show
-    "python benchmarks/unlearning.py --output bench-unlearning": compare_methods,
     "python benchmarks/unlearning_cost.py": costs,
     "python benchmarks/salun_step.py": salun_step,
     "python benchmarks/salun_step.py --model sd15": salun_step,
