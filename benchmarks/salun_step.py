@@ -7,9 +7,9 @@ training, and the two predictions that are trained share a pass. Both draw the s
 not part of a step. The times are medians of rounds in which the two take turns.
 
 ``--model sd15`` is Stable Diffusion 1.5 with random weights at 256x256: there the autoencoder is a larger part of the
-work than on the embedded model. By default denoiser and autoencoder have half their width, so that a batch of four
-fits into 12 GB, and the arithmetic outweighs the passes over the weights as it does on an accelerator. ``--width 1``
-is the whole network; it needs 20 GB at a batch of one, and both then take plain gradient steps, since Adam's moments
+work than on the embedded model. By default denoiser and autoencoder have half their width, so that there is room for a
+batch of four, and the arithmetic outweighs the passes over the weights as it does on an accelerator. ``--width 1`` is
+the whole network; it needs 20 GB at a batch of one, and both then take plain gradient steps, since Adam's moments
 would not fit beside.
 """
 

@@ -192,7 +192,7 @@ def matrices(task: Task) -> dict[str, torch.Tensor]:
     return {name: parameter for name, parameter in task.trained().items() if parameter.ndim == 2}
 
 
-class Asked(Protocol):
+class Forgettable(Protocol):
     """What is asked for: a `Concept`, or as much of one as `prompt_pairs` needs."""
 
     @property
@@ -208,7 +208,7 @@ class Asked(Protocol):
         """The phrases that were given."""
 
 
-def prompt_pairs(concept: Asked, templates: str) -> list[tuple[str, str]]:
+def prompt_pairs(concept: Forgettable, templates: str) -> list[tuple[str, str]]:
     """List forget prompts, each with its anchor prompt; see `EditConfig.templates`.
 
     Raises:

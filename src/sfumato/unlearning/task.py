@@ -194,6 +194,8 @@ class Task:
     def read_folders(self) -> None:
         """Read the user's pictures, if there are any: what is wrong with them is then known before the long work."""
         folders = {kind: getattr(self.sources, f"{kind}_images") for kind in ("forget", "retain")}
+        if all(folders.values()):
+            refuse_same_pictures(folders["forget"], folders["retain"])  # before they are encoded
         given = {kind: sorted(set(self.examples(kind).prompts)) for kind, folder in folders.items() if folder}
         if "retain" in given:
             refuse_contradictions(self.concept.phrases, None, given["retain"])
@@ -203,8 +205,6 @@ class Task:
                 raise ValueError(f"{caption!r}, a caption of {folders['forget']}, is to be forgotten and retained.")
             if self.concept.anchor_of(caption) == caption:
                 raise ValueError(f"{caption!r}, a caption of {folders['forget']}, is what the concept is to become.")
-        if len(given) == 2:
-            refuse_same_pictures(folders["forget"], folders["retain"])
 
     def train(
         self, objective: Objective, description: str, masks: Masks | None = None, *, restore: bool = True
