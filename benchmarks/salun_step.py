@@ -4,7 +4,8 @@ Side by side on one model, at one batch and the recipe's optimiser and mask. The
 pictures: every step it encodes the forget pictures twice and the retain pictures once with the autoencoder, encodes
 three lists of prompts, and runs the denoiser three times. Here posteriors and prompts are encoded once before the
 training, and the two predictions that are trained share a pass. Both draw the same number of pictures first, which is
-not part of a step. The times are medians of rounds in which the two take turns.
+not part of a step. The times are medians over all steps but the first two of each run, which make room for gradients
+and moments; runs take turns.
 
 ``--model sd15`` is Stable Diffusion 1.5 with random weights at 256x256: there the autoencoder is a larger part of the
 work than on the embedded model. By default denoiser and autoencoder have half their width, so that there is room for a
@@ -14,15 +15,18 @@ would not fit beside.
 """
 
 import copy
+import itertools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import sfumato
@@ -40,8 +44,8 @@ class StepConfig:
 
     Attributes:
         model: ``"atelier"`` or ``"sd15"``.
-        steps: Steps of each in a round.
-        rounds: Rounds; the first of each warms up and is not counted.
+        steps: Steps of each in a round that count.
+        rounds: Rounds.
         width: Channels of sd15, as a share of those it has.
         batch_size: Forget pictures in a step, and as many retain pictures; 0 is the recipe's, or for sd15 4, or 1 if
             it is wider than half.
@@ -50,7 +54,7 @@ class StepConfig:
 
     model: str = field(default="atelier", metadata={"choices": ["atelier", "sd15"]})
     steps: int = 20
-    rounds: int = 4
+    rounds: int = 3
     width: float = 0.5
     batch_size: int = 0
     threads: int = 0
@@ -153,29 +157,27 @@ class Released:
         self.optimizer.step()
 
 
-def seconds(call: Any) -> float:
-    """Time a call."""
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
+def step_times(call: Callable[[], Any]) -> list[float]:
+    """Seconds from the end of one optimiser step to the end of the next, of what is called, but for the first two."""
+    ends: list[float] = []
+    handle = register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
+    try:
+        call()
+    finally:
+        handle.remove()
+    return [end - begin for begin, end in itertools.pairwise(ends)][1:]
 
 
-def own_run(case: Case, steps: int) -> float:
-    """Time a whole run of ours."""
-    settings = {**case.settings, "steps": steps}
-    return seconds(lambda: sfumato.unlearn(case.pipe, "sneaker", retain=case.retain, verify=False, **settings))
+def own_steps(case: Case, steps: int) -> list[float]:
+    """Times of our steps."""
+    settings = {**case.settings, "steps": steps + 2}
+    return step_times(lambda: sfumato.unlearn(case.pipe, "sneaker", retain=case.retain, verify=False, **settings))
 
 
-def own_step(case: Case, steps: int) -> float:
-    """Seconds of a step of ours: what a longer run takes more than a run of one step."""
-    shorter = own_run(case, 1)
-    return (own_run(case, steps + 1) - shorter) / steps
-
-
-def released_step(case: Case, steps: int) -> float:
-    """Seconds of a step as released."""
+def released_steps(case: Case, steps: int) -> list[float]:
+    """Times of steps as released."""
     released = Released(Case(copy.deepcopy(case.pipe), case.settings, case.retain))
-    return seconds(lambda: [released.step() for _ in range(steps)]) / steps
+    return step_times(lambda: [released.step() for _ in range(steps + 2)])
 
 
 def main(config: StepConfig) -> None:
@@ -186,9 +188,9 @@ def main(config: StepConfig) -> None:
     case = Case.of(config)
     times: dict[str, list[float]] = {"released": [], "sfumato": []}
     for _ in range(config.rounds):
-        times["sfumato"].append(own_step(case, config.steps))
-        times["released"].append(released_step(case, config.steps))
-    batch, (other, own) = case.settings["batch_size"], (statistics.median(v[1:] or v) for v in times.values())
+        times["sfumato"] += own_steps(case, config.steps)
+        times["released"] += released_steps(case, config.steps)
+    batch, (other, own) = case.settings["batch_size"], (statistics.median(steps) for steps in times.values())
     print(f"{config.model}, batch {batch} + {batch}")
     print(f"as released {1000 * other:7.1f} ms a step\nsfumato     {1000 * own:7.1f} ms a step")
     print(f"throughput  {other / own:.2f} x (limit {LIMIT})")

@@ -162,6 +162,13 @@ def compare_methods(line, folder):
     assert again == printed  # from the cells that the first run left
 
 
+def compare_several(line, folder):
+    few = ["--methods", "uce", "--pictures", "24", "--attacked", "2", "--stronger", "uce"]
+    words = line.split()
+    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
+    assert "| uce, sneaker+boot |" in printed
+
+
 def costs(line, folder):
     words = line.split()
     few = ["--steps", "2", "--esd_steps", "1", "--retain_repeats", "0"]
@@ -192,6 +199,10 @@ RUNS = {
     "python benchmarks/samplers.py": compare_samplers,
     "python benchmarks/closed_form.py": closed_form,
     "python benchmarks/unlearning.py --output bench-unlearning": compare_methods,
+    "python benchmarks/unlearning.py --output bench-several --concepts sneaker+boot --seeds 0,1": compare_several,
+    "python benchmarks/unlearning_cost.py --advunlearn_steps 0 --forget_repeats 8 --retain_repeats 2": costs,
+    "python benchmarks/salun_step.py --model sd15 --steps 2 --rounds 2": salun_step,
+    "python benchmarks/salun_step.py --steps 10 --rounds 3": salun_step,
     "make demo": make_demo,
     "make test": make_test,
     "accelerate launch training/salun.py --model atelier --forget sneaker --output out/": salun_job,
@@ -201,24 +212,15 @@ RUNS = {
 }
 
 
-OTHERS = {  # commands that the README does not show
-    "python benchmarks/unlearning_cost.py": costs,
-    "python benchmarks/salun_step.py": salun_step,
-    "python benchmarks/salun_step.py --model sd15": salun_step,
-}
-
-
 SLOW = [
     "python benchmarks/samplers.py",  # it tries many settings even on few pictures
-    "python benchmarks/salun_step.py --model sd15",  # it needs 20 GB
+    "python benchmarks/salun_step.py --model sd15 --steps 2 --rounds 2",  # it needs 10 GB
 ]
 
 
-@pytest.mark.parametrize(
-    "line", [pytest.param(line, marks=[pytest.mark.slow] * (line in SLOW)) for line in (*RUNS, *OTHERS)]
-)
+@pytest.mark.parametrize("line", [pytest.param(line, marks=[pytest.mark.slow] * (line in SLOW)) for line in RUNS])
 def test_command_runs(line, tmp_path):
-    {**RUNS, **OTHERS}[line](line, tmp_path)
+    RUNS[line](line, tmp_path)
 
 
 FEWER = """
