@@ -20,6 +20,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from sfumato import storage
+from sfumato.families import class_names, class_numbers
 
 __all__ = ["KINDS", "Concept", "Vocabulary", "kind_of", "resolve", "vocabulary_of"]
 
@@ -305,8 +306,10 @@ def resolve(
     Args:
         pipe: The model; its vocabulary is used if it has one.
         forget: A phrase, or several that are forgotten together.
-        anchor: What to show instead. Default: with a vocabulary the next word of the domain, else the empty prompt.
-        retain: Prompts to keep. Default: with a vocabulary all that do not name the concept, else common scenes.
+        anchor: What to show instead. Default: with a vocabulary the next word of the domain, else the empty prompt;
+            of a class-conditional model the next class.
+        retain: Prompts to keep. Default: with a vocabulary all that do not name the concept, else common scenes; of a
+            class-conditional model all other classes.
 
     Returns:
         The concept.
@@ -326,6 +329,9 @@ def resolve(
     vocabulary = vocabulary_of(pipe)
     if vocabulary is not None:
         return vocabulary.concept(phrases, anchor, retain)
+    classes, numbers = class_names(pipe), class_numbers(pipe)
+    if classes is not None and numbers is not None:
+        return _class_concept(classes, numbers, phrases, anchor, retain)
     prompts = [wording.format(phrase) for phrase in phrases for wording in WORDINGS]
     names = [phrase for phrase in phrases for _ in WORDINGS]
     replaced = [wording.format(anchor) if anchor else "" for _ in phrases for wording in WORDINGS]
@@ -335,3 +341,26 @@ def resolve(
     retained = tuple(dict.fromkeys(retain))
     alone = tuple(WORDINGS[0].format(phrase) for phrase in phrases)
     return Concept(", ".join(phrases), tuple(prompts), tuple(replaced), retained, tuple(names), tuple(phrases), alone)
+
+
+def _class_concept(
+    classes: Sequence[str], numbers: Mapping[str, int], phrases: Sequence[str], anchor: str | None,
+    retain: Sequence[str] | None,
+) -> Concept:  # fmt: skip
+    """The concept of some classes of a class-conditional model; ValueError if one is unknown, or none is left."""
+
+    def known(name: str) -> str:
+        if name not in numbers:
+            close = difflib.get_close_matches(name, numbers, n=1, cutoff=0.7)
+            hint = f" Did you mean {close[0]!r}?" if close else f" It has {', '.join(classes[:5])}, ..."
+            raise ValueError(f"The model has no class {name!r}.{hint}")
+        return classes[numbers[name]]
+
+    gone = [known(name) for name in phrases]
+    kept = [known(name) for name in retain] if retain is not None else [name for name in classes if name not in gone]
+    if not kept:
+        raise ValueError("There is nothing to retain: every class of the model is to be forgotten.")
+    left = [name for name in classes if name not in gone]
+    following = [next((one for one in left if numbers[one] > numbers[name]), left[0] if left else "") for name in gone]
+    anchors = [known(anchor)] * len(gone) if anchor else following
+    return Concept(", ".join(phrases), tuple(gone), tuple(anchors), tuple(kept), tuple(gone), tuple(phrases), tuple(gone))

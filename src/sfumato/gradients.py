@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import Tensor
 
-from sfumato.families import family_of
+from sfumato.families import StableDiffusion, family_of
 from sfumato.schedulers.noise_schedule import state_dtype
 
 __all__ = ["guided_predictor", "sample_with_gradients"]
@@ -75,6 +75,10 @@ def guided_predictor(pipe: DiffusionPipeline, guidance_scale: float = 1.0) -> Pr
         A predictor for `sample_with_gradients`.
     """
     family = family_of(pipe)
+    if type(family) is not StableDiffusion:
+        raise ValueError(
+            f"`guided_predictor` is for Stable Diffusion 1 and 2; of {family.label}, write a predict(x, t, *inputs)."
+        )
 
     def predict(x: Tensor, t: Tensor, prompt_embeds: Tensor, negative_prompt_embeds: Tensor | None = None) -> Tensor:
         times = t.expand(len(x))

@@ -133,7 +133,7 @@ def test_precomputed_states_and_targets_are_exactly_those_computed_afresh(family
             return type(found[0])(
                 torch.cat([one.latents for one in found]), torch.cat([one.timesteps for one in found]),
                 [one.prompts[0] for one in found],
-                {name: torch.cat([one.noise[name] for one in found]) for name in wanted},
+                {name: torch.cat([one.said[name] for one in found]) for name in wanted},
             )  # fmt: skip
 
     afresh.forget, afresh.retain = Afresh(banked.forget.prompts, 211), Afresh(banked.retain.prompts, 212)
@@ -182,7 +182,7 @@ def test_attack_makes_the_model_say_what_the_original_says(family, attack, inser
         for row in range(len(ours.forget.prompts)):
             states = ours.forget.at([row] * 2, [0, 1], ("prompt",))
             said = ours._predict(ours.model, *states[:2], *ours._embed(states.prompts, delta.expand(2, -1, -1)))
-            total += F.mse_loss(said, states.noise["prompt"]).item() * (states.prompts[0] == prompt)
+            total += F.mse_loss(said, states.said["prompt"]).item() * (states.prompts[0] == prompt)
         return total
 
     prompt = ours.forget.prompts[ours._forget_states(0, [0])[0][0]]

@@ -69,22 +69,16 @@ def test_states_are_those_of_the_stock_pipeline_with_guidance(tiny_pipe, predict
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_noise_is_what_the_prediction_implies(tiny_pipe, prediction_type):
+def test_states_come_with_what_the_original_predicts(tiny_pipe, prediction_type):
     tiny_pipe.scheduler = DDIMScheduler.from_config(tiny_pipe.scheduler.config, prediction_type=prediction_type)
     family = StableDiffusion(tiny_pipe)
     bank = walker_of(family).walk(family.denoiser, PROMPTS, KEYS, teach=True)
     states = bank.at(np.array([2, 0]), np.array([1, 3]), ("empty", "prompt"))
     assert states.prompts == ["a bag", "a sneaker"]
-    signal = tiny_pipe.scheduler.alphas_cumprod[states.timesteps].view(-1, 1, 1, 1)
     for name, prompts in (("empty", ["", ""]), ("prompt", states.prompts)):
         embeddings = tiny_pipe.encode_prompt(prompts, "cpu", 1, False)[0]
         raw = tiny_pipe.unet(states.latents, states.timesteps, embeddings).sample.detach()
-        expected = {
-            "epsilon": raw,
-            "sample": (states.latents - signal.sqrt() * raw) / (1 - signal).sqrt(),
-            "v_prediction": signal.sqrt() * raw + (1 - signal).sqrt() * states.latents,
-        }[prediction_type]
-        assert torch.allclose(states.noise[name], expected, atol=1e-4)
+        assert torch.allclose(states.said[name], raw, atol=1e-5)
 
 
 def test_clean_latents_and_noise_make_the_state_again(tiny_pipe):
@@ -100,7 +94,7 @@ def test_clean_latents_and_noise_make_the_state_again(tiny_pipe):
 def test_trajectory_does_not_depend_on_its_batch(family, bank):
     alone = walker_of(family).walk(family.denoiser, PROMPTS[2:], KEYS[2:], teach=True)
     assert torch.allclose(alone.latents[0], bank.latents[2], atol=1e-5)
-    assert torch.allclose(alone.noise["prompt"][0], bank.noise["prompt"][2], atol=1e-5)
+    assert torch.allclose(alone.said["prompt"][0], bank.said["prompt"][2], atol=1e-5)
 
 
 def test_source_prompt_is_asked_about_at_the_same_states(family, bank):
@@ -108,7 +102,7 @@ def test_source_prompt_is_asked_about_at_the_same_states(family, bank):
     assert torch.allclose(with_source.latents, bank.latents, atol=1e-5)
     state = with_source.at(np.array([1]), np.array([2]), ("source",))
     raw = family.pipe.unet(state.latents, state.timesteps, family.pipe.encode_prompt("a shoe", "cpu", 1, False)[0])
-    assert torch.allclose(state.noise["source"], raw.sample, atol=1e-5)
+    assert torch.allclose(state.said["source"], raw.sample, atol=1e-5)
 
 
 def test_legacy_mismatch_pairs_a_state_with_a_time_two_levels_noisier(family):
@@ -130,7 +124,7 @@ def test_legacy_mismatch_pairs_a_state_with_a_time_two_levels_noisier(family):
     for level, time in enumerate((601, 401, 201, 1, 1)):
         assert torch.allclose(bank.latents[:, level], after[time], atol=1e-4)
     said = family.pipe.unet(bank.latents[:, 1], bank.timesteps[:, 1], embeddings[1]).sample
-    assert torch.allclose(bank.noise["prompt"][:, 1], said, atol=1e-5)
+    assert torch.allclose(bank.said["prompt"][:, 1], said, atol=1e-5)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -155,7 +149,7 @@ def test_resumed_run_reads_the_bank_it_left_and_another_run_does_not(family, tmp
     )
     assert again == 0
     assert torch.equal(found[0].latents, first.latents) and torch.equal(found[0].timesteps, first.timesteps)
-    assert all(torch.equal(found[0].noise[name], first.noise[name]) for name in ("empty", "prompt"))
+    assert all(torch.equal(found[0].said[name], first.said[name]) for name in ("empty", "prompt"))
     other = find_trajectories(task_of(family, tmp_path, seed=1), walker, PROMPTS, "bank", 1)
     assert not torch.equal(other.latents, first.latents)
 
@@ -189,13 +183,13 @@ def test_trained_model_walks_the_rows_asked_for_and_the_original_is_asked_about_
     assert torch.equal(after[[0, 2]], expected.latents)
     states = live.at(np.array([0, 1]), np.array([4, 2]), ("prompt",))
     asked = family.pipe.encode_prompt(states.prompts, "cpu", 1, False)[0]
-    assert torch.equal(states.noise["prompt"], family.pipe.unet(states.latents, states.timesteps, asked).sample)
+    assert torch.equal(states.said["prompt"], family.pipe.unet(states.latents, states.timesteps, asked).sample)
 
 
 def test_half_precision_model_walks_in_float32_states(family):
     family.pipe.to(torch.bfloat16)
     bank = walker_of(family).walk(family.denoiser, PROMPTS, KEYS, teach=True)
-    assert bank.latents.dtype == bank.noise["empty"].dtype == torch.float32
+    assert bank.latents.dtype == bank.said["empty"].dtype == torch.float32
 
 
 def test_memory_is_what_is_stated(bank):

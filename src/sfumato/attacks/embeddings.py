@@ -110,6 +110,10 @@ def attack_embeddings(
     config = config or EmbeddingAttackConfig()
     check_seed(seed)
     victim, source = family_of(unlearned), family_of(original)
+    if not isinstance(victim, StableDiffusion):
+        raise ValueError(
+            f"Embeddings are put before CLIP, as Stable Diffusion 1, 2 and XL have it; not {victim.label}."
+        )
     if not prompts:
         raise ValueError("`prompts` is empty; name at least one prompt that asks for the concept.")
     tokens, counts = victim.tokenize(prompts)
@@ -138,7 +142,7 @@ def _attack(
 ) -> Conditioning:  # fmt: skip
     """Attack a batch of prompts, of which `numbers` are the positions among all."""
     table, encoder, rows = victim.token_table, victim.parts["text_encoder"], np.arange(len(numbers))
-    plain = table[tokens]  # (B, T, width)
+    plain = victim.embed_tokens(tokens)  # (B, T, width)
 
     def encoded(delta: torch.Tensor) -> Conditioning:
         return victim.encode_embeddings(encoder, tokens, insert_embeddings(plain, delta, counts, config.insertion))
@@ -146,8 +150,8 @@ def _attack(
     def losses(delta: torch.Tensor, number: int) -> torch.Tensor:
         levels = randint_for([(seed, LEVEL_STREAM, number, k) for k in numbers], states.levels).numpy()
         at = states.at(rows, levels, ("prompt",))
-        said = victim.predict_noise(victim.denoiser, at.latents, at.timesteps, encoded(delta))
-        return (said - at.noise["prompt"]).square().flatten(1).mean(1)
+        said = victim.ask(victim.denoiser, at.latents, at.timesteps, encoded(delta))
+        return (said - at.said["prompt"]).square().flatten(1).mean(1)
 
     if config.insertion == "add":
         start = torch.zeros(len(numbers), int(counts.max()), table.shape[1], device=table.device)

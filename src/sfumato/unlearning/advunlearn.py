@@ -41,6 +41,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sfumato.families import StableDiffusion
 from sfumato.randomness import randint_for, rng_for
 from sfumato.trainer import Shard
 from sfumato.unlearning.embedding_attack import (
@@ -156,6 +157,7 @@ class AdvUnlearnObjective:
     """
 
     def __init__(self, task: Task, config: AdvUnlearnConfig, forget: Bank, retain: Bank) -> None:
+        assert isinstance(task.family, StableDiffusion)  # of which sfumato.unlearning.core has made sure
         self.family, self.config, self.accelerator = task.family, config, task.accelerator
         self.model, self.seed, self.steps = task.model, task.seed, task.training.steps
         self.forget, self.retain = forget, retain
@@ -200,7 +202,7 @@ class AdvUnlearnObjective:
         away = "prompt" if self.config.direction == "prompt" else "source"
         noises = list(dict.fromkeys(("empty", "prompt", away)))
         states = self.forget.at(rows, self._shared(levels, step), noises)
-        target = erasing_target(states.noise, "prompt", away, self.config.eta)
+        target = erasing_target(states.said, "prompt", away, self.config.eta)
         delta = self.delta[list(positions)] if round_ >= self.config.warmup_rounds else None
         return states.latents, states.timesteps, target, *self._embed(states.prompts, delta)
 
@@ -208,7 +210,7 @@ class AdvUnlearnObjective:
         """The same of a step's retained states."""
         rows, levels = self._retain_states(step, shard)
         states = self.retain.at(rows, self._shared(levels, step), ("prompt",))
-        return states.latents, states.timesteps, states.noise["prompt"], *self._embed(states.prompts, None)
+        return states.latents, states.timesteps, states.said["prompt"], *self._embed(states.prompts, None)
 
     def after_step(self, model: torch.nn.Module, step: int, shards: Sequence[Shard]) -> None:
         """Walk anew, if the denoiser is trained, and find the attack for the next step, on its weights."""
@@ -251,7 +253,7 @@ class AdvUnlearnObjective:
             states = self.forget.at(*self._attack_states(round_, number, positions, prompts), ("prompt",))
             with self.accelerator.autocast():
                 said = self._predict(self.model, states.latents, states.timesteps, *self._embed(prompts, delta))
-            return (said - states.noise["prompt"]).square().flatten(1).mean(1)
+            return (said - states.said["prompt"]).square().flatten(1).mean(1)
 
         return find_embeddings(
             losses, self._start(round_, positions), self.table, attack=config.attack, steps=config.attack_steps,
@@ -271,7 +273,7 @@ class AdvUnlearnObjective:
     def _embed(self, prompts: Sequence[str], delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens ``(B, T)`` of prompts and their embeddings ``(B, T, width)``, with an attack if there is one."""
         tokens = torch.stack([self._tokens[prompt] for prompt in prompts])
-        embeddings = self.table[tokens]
+        embeddings = self.family.embed_tokens(tokens)
         if delta is None:
             return tokens, embeddings
         counts = torch.stack([self._counts[prompt] for prompt in prompts])
@@ -287,7 +289,7 @@ class AdvUnlearnObjective:
         """The noise that the model sees, whichever of its parts is `model`."""
         parts = {**self.family.parts, self.config.train: model}
         conditioning = self.family.encode_embeddings(parts["text_encoder"], tokens, embeddings)
-        return self.family.predict_noise(parts["denoiser"], latents, times, conditioning)
+        return self.family.ask(parts["denoiser"], latents, times, conditioning)
 
     def _forget_states(self, round_: int, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Rows and levels of positions of a round's batch."""
@@ -348,6 +350,7 @@ def check(task: Task, config: AdvUnlearnConfig) -> None:
             f"{task.accelerator.num_processes} processes x {task.training.gradient_accumulation_steps} accumulation "
             f"steps; use a multiple of {shards}."
         )
+    assert isinstance(task.family, StableDiffusion)
     tokens, counts = task.family.tokenize(task.concept.prompts)
     longest, length = int(counts.max()), tokens.shape[1]
     if not room_for(length, longest, config.attack_tokens, config.insertion):

@@ -30,7 +30,7 @@ from typing import Any, Protocol
 
 import torch
 
-from sfumato.families import StableDiffusion
+from sfumato.families import Family, Segment, TextFamily
 from sfumato.settings import check_types
 from sfumato.unlearning.task import Task
 
@@ -106,8 +106,8 @@ class EditConfig:
 
     @property
     def parameters(self) -> str:
-        """The weights that change: the key and value projections of cross-attention."""
-        return "xattn-kv"
+        """The weights that change: what reads the text encoder's output, as cross-attention's keys and values do."""
+        return "text"
 
 
 @dataclass(frozen=True)
@@ -178,13 +178,20 @@ def write(weights: Mapping[str, torch.Tensor], stacked: torch.Tensor) -> None:
 
 def check_width(task: Task) -> None:
     """Refuse, with a ValueError, a model whose cross-attention does not read the text encoder's output as it is."""
-    width = _states(task.family, [""]).shape[-1]
+    width = _states(text_family(task.family), [""]).shape[-1]
     for name, weight in matrices(task).items():
         if weight.shape[1] != width:
             raise ValueError(
                 f"{name} takes {weight.shape[1]} numbers a token and the text encoder gives {width}: this model "
                 "transforms its embeddings first, and closed-form methods can't edit it."
             )
+
+
+def text_family(family: Family) -> TextFamily:
+    """Give a family that reads texts; ValueError if it reads none."""
+    if not isinstance(family, TextFamily):
+        raise ValueError(f"Closed-form methods edit the layers that read a text; {family.label} has none.")
+    return family
 
 
 def matrices(task: Task) -> dict[str, torch.Tensor]:
@@ -227,7 +234,7 @@ def prompt_pairs(concept: Forgettable, templates: str) -> list[tuple[str, str]]:
     return [(form.format(p), form.format(anchors[p]).strip()) for p in dict.fromkeys(bare) for form in wordings]
 
 
-def embedding_pairs(family: StableDiffusion, prompts: Sequence[tuple[str, str]], positions: str) -> Pairs:
+def embedding_pairs(family: TextFamily, prompts: Sequence[tuple[str, str]], positions: str) -> Pairs:
     """Pair the token embeddings of prompts with those of their anchors.
 
     Args:
@@ -243,9 +250,9 @@ def embedding_pairs(family: StableDiffusion, prompts: Sequence[tuple[str, str]],
         batch = prompts[start : start + _BATCH]
         sides = [[pair[side] for pair in batch] for side in range(2)]
         states = [_states(family, texts) for texts in sides]
-        tokens = [_tokens(family, texts) for texts in sides]
+        segments, others = (family.segments(texts) for texts in sides)
         for k in range(len(batch)):
-            of, like = _aligned(tokens[0][k], tokens[1][k], states[0].shape[1], positions)
+            of, like = _aligned(segments, others, k, states[0].shape[1], positions)
             inputs.append(states[0][k, of])
             targets.append(states[1][k, like])
             owner.append(torch.full((len(of),), start + k))
@@ -258,41 +265,43 @@ def embedding_pairs(family: StableDiffusion, prompts: Sequence[tuple[str, str]],
     return pairs
 
 
-def _aligned(tokens: Sequence[int], others: Sequence[int], length: int, positions: str) -> tuple[range, range]:
-    """Positions of a prompt and those of its anchor; token k of a prompt's own stands at k + 1, behind the start."""
+def _aligned(
+    segments: Sequence[Segment], others: Sequence[Segment], k: int, length: int, positions: str
+) -> tuple[list[int], list[int]]:
+    """Positions of prompt k and those of its anchor."""
     if positions == "all":
-        return range(length), range(length)
-    alike = 0  # tokens at the end that both have; the subject keeps at least one, and so does an anchor that has any
-    while alike < min(len(tokens) - 1, max(len(others) - 1, 0)) and tokens[-1 - alike] == others[-1 - alike]:
-        alike += 1
-    last, last_other = len(tokens) - alike, len(others) - alike  # an empty anchor's is the start token
-    count = 1 if positions == "last" else length - max(last, last_other)
-    return range(last, last + count), range(last_other, last_other + count)
+        return list(range(length)), list(range(length))
+    of, like = list[int](), list[int]()
+    for segment, other in zip(segments, others, strict=True):
+        own, anchor = segment.tokens[k], other.tokens[k]
+        alike = 0  # tokens at the end that both have; the subject keeps at least one, as an anchor that has any
+        while alike < min(len(own) - 1, max(len(anchor) - 1, 0)) and own[-1 - alike] == anchor[-1 - alike]:
+            alike += 1
+        last, last_other = segment.last(k, alike), other.last(k, alike)
+        count = 1 if positions == "last" else segment.end - max(last, last_other)
+        of += range(last, last + count)
+        like += range(last_other, last_other + count)
+    return of, like
 
 
-def gram_of_prompts(family: StableDiffusion, prompts: Sequence[str], positions: str) -> torch.Tensor:
+def gram_of_prompts(family: TextFamily, prompts: Sequence[str], positions: str) -> torch.Tensor:
     """Sum the outer products of the embeddings of prompts to keep, ``(width, width)``; a batch of them at a time."""
     total = torch.zeros(())
     for start in range(0, len(prompts), _BATCH):
         batch = prompts[start : start + _BATCH]
         states = _states(family, batch)
         if positions == "last":
-            last = torch.tensor([len(tokens) for tokens in _tokens(family, batch)])
-            states = states[torch.arange(len(batch)), last]
+            segments = family.segments(batch)
+            places = [[segment.last(k) for segment in segments] for k in range(len(batch))]
+            states = states[torch.arange(len(batch))[:, None], torch.tensor(places)]
         vectors = states.reshape(-1, states.shape[-1])
         total = total + vectors.T @ vectors
     return total
 
 
-def _states(family: StableDiffusion, prompts: Sequence[str]) -> torch.Tensor:
+def _states(family: TextFamily, prompts: Sequence[str]) -> torch.Tensor:
     """Token embeddings ``(B, tokens, width)``."""
     return family.encode_prompts(prompts)["encoder_hidden_states"].cpu().double()
-
-
-def _tokens(family: StableDiffusion, prompts: Sequence[str]) -> list[list[int]]:
-    """Each prompt's own tokens, without start, end and padding."""
-    numbers, counts = family.tokenize(prompts)
-    return [row[1 : 1 + count] for row, count in zip(numbers.tolist(), counts.tolist(), strict=True)]
 
 
 def kept_prompts(task: Task) -> list[str]:
@@ -307,8 +316,8 @@ def preserve_scale(config: EditConfig, count: int) -> float:
 
 def pairs_of(task: Task, config: EditConfig) -> tuple[Pairs, torch.Tensor, dict[str, Any]]:
     """Encode what a task asks for: pairs, ``s_p * sum k k^T``, and facts for the manifest."""
-    pairs = embedding_pairs(task.family, prompt_pairs(task.concept, config.templates), config.positions)
+    pairs = embedding_pairs(text_family(task.family), prompt_pairs(task.concept, config.templates), config.positions)
     prompts = kept_prompts(task)
     scale = preserve_scale(config, len(prompts))
-    kept = scale * gram_of_prompts(task.family, prompts, config.positions)
+    kept = scale * gram_of_prompts(text_family(task.family), prompts, config.positions)
     return pairs, kept, {"edited_embeddings": len(pairs.inputs), "preserve_scale": scale}

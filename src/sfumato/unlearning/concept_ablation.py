@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sfumato.families import StableDiffusion
+from sfumato.families import Family, StableDiffusion
 from sfumato.trainer import Shard
 from sfumato.unlearning.examples import Examples, PromptTable
 from sfumato.unlearning.noising import noisy_batch
@@ -84,7 +84,7 @@ class ConceptAblationObjective:
     """
 
     def __init__(
-        self, family: StableDiffusion, teacher: torch.nn.Module, anchor: Examples, targets: list[str],
+        self, family: Family, teacher: torch.nn.Module, anchor: Examples, targets: list[str],
         prior: Examples | None, prompts: PromptTable, config: ConceptAblationConfig, seed: int,
     ) -> None:  # fmt: skip
         self.family, self.teacher, self.prompts = family, teacher, prompts
@@ -100,12 +100,12 @@ class ConceptAblationObjective:
             kept = noisy_batch(family, self.prior, size, step, shard, seed=seed, stream=PRIOR_STREAM)
             noisy, timesteps = torch.cat([noisy, kept.noisy]), torch.cat([timesteps, kept.timesteps])
             captions += kept.captions
-        predicted = family.predict(model, noisy, timesteps, self.prompts(captions)).float()
+        predicted = family.ask(model, noisy, timesteps, self.prompts(captions))
         target = batch.target
         if self.config.objective == "model":
             with torch.no_grad():
                 anchored = self.prompts(batch.captions)
-                target = family.predict(self.teacher, batch.noisy, batch.timesteps, anchored).float()
+                target = family.ask(self.teacher, batch.noisy, batch.timesteps, anchored)
         terms = {"ablation": F.mse_loss(predicted[: len(target)], target)}
         if self.prior is not None:
             terms["prior"] = self.config.prior_weight * F.mse_loss(predicted[len(target) :], kept.target)
@@ -113,18 +113,21 @@ class ConceptAblationObjective:
 
 
 @contextmanager
-def start_token_without_gradient(family: StableDiffusion, model: torch.nn.Module) -> Iterator[None]:
+def start_token_without_gradient(family: Family, model: torch.nn.Module) -> Iterator[None]:
     """Detach the first token's keys and values in every cross-attention of a model, for as long as the context lasts.
 
     What is detached is the *output* of the key and value projections, k_0 = W h_0 and v_0. To detach their input h_0
     would not do: W would still receive dL/dk_0 h_0^T. No value changes, only the gradient, and this for W as for
-    whatever made h_0. k_0 still moves with W, as the other tokens move W.
+    whatever made h_0. k_0 still moves with W, as the other tokens move W. Models whose text has no start token
+    (all but Stable Diffusion 1, 2 and XL) are left alone.
 
     Args:
         family: Knows the projections.
         model: Its denoiser, or a copy.
     """
-    names = {name.rpartition(".")[0] for name in family.trainable_parameters("xattn-kv")}
+    names = set()
+    if isinstance(family, StableDiffusion):
+        names = {name.rpartition(".")[0] for name in family.trainable_parameters("xattn-kv")}
 
     def detach_first(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         return torch.cat([output[:, :1].detach(), output[:, 1:]], dim=1)  # (B, tokens, width)

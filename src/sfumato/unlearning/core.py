@@ -29,7 +29,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from sfumato import concepts, recipes, storage
-from sfumato.families import family_of
+from sfumato.families import Family, StableDiffusion, TextFamily, family_of
 from sfumato.trainer import TrainingConfig, make_accelerator, preflight
 from sfumato.unlearning.costs import Costs
 from sfumato.unlearning.pruning import prune
@@ -53,6 +53,8 @@ class Method(NamedTuple):
         examples: Whether it sees pictures.
         anchors: Whether it is told what to show instead.
         retains: Whether it is told what to keep.
+        family: The families that it is defined for.
+        wants: What it needs of a model that others lack.
     """
 
     module: str
@@ -61,6 +63,8 @@ class Method(NamedTuple):
     examples: bool = True
     anchors: bool = True
     retains: bool = True
+    family: Any = Family
+    wants: str = ""
 
     @property
     def config_class(self) -> Any:
@@ -82,12 +86,21 @@ class Method(NamedTuple):
         return (importlib.import_module(self.module).__doc__ or "").strip().splitlines()[0]
 
 
+CLIP = "it attacks and trains through CLIP's token embeddings, as Stable Diffusion 1, 2 and XL have them"
+TEXT = "it edits the layers that read a text"
 METHODS = {
     "salun": Method("sfumato.unlearning.salun", "SalUnConfig"),
     "esd": Method("sfumato.unlearning.esd", "ESDConfig", examples=False, anchors=False, retains=False),
-    "advunlearn": Method("sfumato.unlearning.advunlearn", "AdvUnlearnConfig", examples=False, anchors=False),
-    "rece": Method("sfumato.unlearning.rece", "RECEConfig", trains=False, examples=False),
-    "uce": Method("sfumato.unlearning.uce", "UCEConfig", trains=False, examples=False),
+    "advunlearn": Method(
+        "sfumato.unlearning.advunlearn",
+        "AdvUnlearnConfig",
+        examples=False,
+        anchors=False,
+        family=StableDiffusion,
+        wants=CLIP,
+    ),
+    "rece": Method("sfumato.unlearning.rece", "RECEConfig", False, False, family=TextFamily, wants=TEXT),
+    "uce": Method("sfumato.unlearning.uce", "UCEConfig", False, False, family=TextFamily, wants=TEXT),
     "concept_ablation": Method("sfumato.unlearning.concept_ablation", "ConceptAblationConfig"),
     "doco": Method("sfumato.unlearning.doco", "DoCoConfig"),
     "gradient_ascent": Method("sfumato.unlearning.gradient_ascent", "GradientAscentConfig", anchors=False),
@@ -138,6 +151,8 @@ def unlearn(
     family = family_of(pipe)
     family.check_dtypes()
     chosen_method = method_named(method)
+    if not isinstance(family, chosen_method.family):
+        raise ValueError(f"{method} is not defined for {family.label}: {chosen_method.wants}. Choose another method.")
     concept = concepts.resolve(pipe, forget, anchor=anchor, retain=retain)
     for name, given, used in (("anchor", anchor, chosen_method.anchors), ("retain", retain, chosen_method.retains)):
         if given is not None and not used:
@@ -219,7 +234,7 @@ def _counting(count: torch.Tensor, *denoisers: torch.nn.Module | None) -> Iterat
     """Add the samples that pass through denoisers to `count`; a guided prediction is two."""
 
     def see(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        count.add_(len(args[0] if args else kwargs["sample"]))
+        count.add_(len(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))))
 
     hooks = [denoiser.register_forward_pre_hook(see, with_kwargs=True) for denoiser in denoisers if denoiser]
     try:

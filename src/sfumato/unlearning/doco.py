@@ -127,10 +127,10 @@ class DoCoObjective:
         kept = noisy_batch(
             self.family, self.prior, self.batch_size, step, shard, seed=self.seed, stream=PRIOR_STREAM
         )  # fmt: skip
-        predicted = self.family.predict(
+        predicted = self.family.ask(
             model, torch.cat([batch.noisy, kept.noisy]), torch.cat([batch.timesteps, kept.timesteps]),
             self.prompts([*captions, *kept.captions]),
-        ).float()  # fmt: skip
+        )  # fmt: skip
         shown, remembered = predicted.chunk(2)
         fake, _ = self.family.split(shown, batch.noisy, batch.timesteps)
         if self.config.legacy_stale_pictures:
@@ -185,8 +185,8 @@ class DoCoObjective:
         made = [] if stale is None else [stale]
         for network, prompts in ((model, captions), (self.teacher, batch.captions))[len(made) :]:
             with self.accelerator.autocast():
-                predicted = self.family.predict(network, batch.noisy, batch.timesteps, self.prompts(prompts))
-            made.append(self.family.split(predicted.float(), batch.noisy, batch.timesteps)[0])
+                predicted = self.family.ask(network, batch.noisy, batch.timesteps, self.prompts(prompts))
+            made.append(self.family.split(predicted, batch.noisy, batch.timesteps)[0])
         return made[0], made[1]
 
     def _pictures(self, step: int, shard: Shard, stream: int) -> tuple[NoisyBatch, list[str]]:

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sfumato.families import StableDiffusion
+from sfumato.families import Family
 from sfumato.trainer import Shard
 from sfumato.unlearning.examples import PromptTable
 from sfumato.unlearning.task import SUBSETS, History, Task
@@ -112,7 +112,7 @@ class ESDObjective:
     """
 
     def __init__(
-        self, family: StableDiffusion, bank: Bank, prompts: PromptTable, config: ESDConfig, seed: int, steps: int
+        self, family: Family, bank: Bank, prompts: PromptTable, config: ESDConfig, seed: int, steps: int
     ) -> None:
         self.family, self.bank, self.prompts, self.config = family, bank, prompts, config
         self.batch_size, self.seed, self.steps = config.batch_size, seed, steps
@@ -123,9 +123,9 @@ class ESDObjective:
         base = "prompt" if config.erase_from is None else "source"  # f
         away = "prompt" if config.direction == "prompt" else "source"  # c
         states = self.bank.at(*self._pick(step, shard), ["empty", *dict.fromkeys(("prompt", base, away))])
-        target = erasing_target(states.noise, base, away, config.paper_eta)
+        target = erasing_target(states.said, base, away, config.paper_eta)
         captions = [prompt if config.erase_from is None else config.erase_from for prompt in states.prompts]
-        student = self.family.predict_noise(model, states.latents, states.timesteps, self.prompts(captions))
+        student = self.family.ask(model, states.latents, states.timesteps, self.prompts(captions))
         return {"erase": F.mse_loss(student, target)}
 
     def after_step(self, model: torch.nn.Module, step: int, shards: Sequence[Shard]) -> None:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from sfumato.families import Conditioning, StableDiffusion
+from sfumato.families import Conditioning, Family
 from sfumato.randomness import generator_for
 
 __all__ = ["Examples", "PromptTable", "draw_examples", "read_image_folder", "refuse_same_pictures"]
@@ -59,12 +59,13 @@ class PromptTable:
         batch_size: Prompts encoded at a time.
     """
 
-    def __init__(self, family: StableDiffusion, prompts: Sequence[str], batch_size: int = 64) -> None:
+    def __init__(self, family: Family, prompts: Sequence[str], batch_size: int = 64) -> None:
         unique = list(dict.fromkeys(prompts))
         self._row = {prompt: row for row, prompt in enumerate(unique)}
         parts = [family.encode_prompts(unique[i : i + batch_size]) for i in range(0, len(unique), batch_size)]
-        # float32, as the trained copy is, whatever precision the pipeline came in
-        self._table = {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        # float32, as the trained copy is, whatever precision the pipeline came in; masks and classes are integers
+        self._table = {n: values.float() if values.is_floating_point() else values for n, values in joined.items()}
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """Give the conditioning of `prompts`, ``B`` rows in their order."""
@@ -73,7 +74,7 @@ class PromptTable:
 
 
 def draw_examples(
-    family: StableDiffusion,
+    family: Family,
     prompts: Sequence[str],
     count: int,
     *,
@@ -117,9 +118,7 @@ def draw_examples(
     return Examples(latents, torch.zeros_like(latents), tuple(prompts[k % len(prompts)] for k in range(count)))
 
 
-def read_image_folder(
-    family: StableDiffusion, folder: str | Path, prompts: Sequence[str], *, batch_size: int = 8
-) -> Examples:
+def read_image_folder(family: Family, folder: str | Path, prompts: Sequence[str], *, batch_size: int = 8) -> Examples:
     """Read and encode the pictures of a folder.
 
     Captions come from ``metadata.jsonl`` (rows with ``file_name`` and ``text``, as the datasets library has it) if the

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sfumato.families import StableDiffusion
+from sfumato.families import Family
 from sfumato.trainer import Shard
 from sfumato.unlearning.examples import Examples, PromptTable
 from sfumato.unlearning.noising import ORDERS, noisy_batch
@@ -70,7 +70,7 @@ class GradientAscentObjective:
     """
 
     def __init__(
-        self, family: StableDiffusion, forget: Examples, retain: Examples, prompts: PromptTable,
+        self, family: Family, forget: Examples, retain: Examples, prompts: PromptTable,
         config: GradientAscentConfig, seed: int, ceiling: float = float("inf"),
     ) -> None:  # fmt: skip
         self.family, self.forget, self.retain, self.prompts = family, forget, retain, prompts
@@ -87,11 +87,11 @@ class GradientAscentObjective:
             )
             for examples, stream, order in sets
         ]
-        predicted = self.family.predict(
+        predicted = self.family.ask(
             model, torch.cat([batch.noisy for batch in drawn]), torch.cat([batch.timesteps for batch in drawn]),
             self.prompts([caption for batch in drawn for caption in batch.captions]),
         )  # fmt: skip
-        forgotten, kept = predicted.float().chunk(2)
+        forgotten, kept = predicted.chunk(2)
         per_picture = (forgotten - drawn[0].target).pow(2).flatten(1).mean(1)
         return {
             "forget": -per_picture.clamp(max=self.ceiling).mean(),
@@ -108,8 +108,8 @@ def starting_loss(task: Task, forget: Examples, prompts: PromptTable, batch_size
         batch = noisy_batch(
             task.family, forget, batch_size, number, Shard(0, 1), seed=task.seed, stream=START_STREAM
         )  # fmt: skip
-        predicted = task.family.predict(task.model, batch.noisy, batch.timesteps, prompts(batch.captions))
-        total += F.mse_loss(predicted.float(), batch.target)
+        predicted = task.family.ask(task.model, batch.noisy, batch.timesteps, prompts(batch.captions))
+        total += F.mse_loss(predicted, batch.target)
     return float(accelerator.reduce(total, "sum")) / batches
 
 

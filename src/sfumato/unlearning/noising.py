@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sfumato.families import StableDiffusion
+from sfumato.families import Family
 from sfumato.randomness import permuted_indices, randint_for, randn_for
 from sfumato.trainer import Shard
 from sfumato.unlearning.examples import Examples
@@ -29,7 +29,7 @@ class NoisyBatch:
     Attributes:
         noisy: Noisy latents ``(B, C, H, W)``.
         timesteps: Their times ``(B,)``.
-        target: What the network should predict ``(B, C, H, W)``; see `StableDiffusion.target`.
+        target: What the network should predict ``(B, C, H, W)``; see `Family.target`.
         noise: The noise in them ``(B, C, H, W)``.
         rows: Which examples they are, ``(B,)``.
         captions: What they show.
@@ -46,7 +46,7 @@ class NoisyBatch:
 
 
 def noisy_batch(
-    family: StableDiffusion, examples: Examples, batch_size: int, step: int, shard: Shard, *, seed: int, stream: int,
+    family: Family, examples: Examples, batch_size: int, step: int, shard: Shard, *, seed: int, stream: int,
     max_timestep: int | None = None, order: str = "shuffled",
 ) -> NoisyBatch:  # fmt: skip
     """Draw a shard of a step's batch.
@@ -75,7 +75,7 @@ def noisy_batch(
 
 
 def noised(
-    family: StableDiffusion, examples: Examples, rows: np.ndarray, keys: Sequence[tuple[int, ...]],
+    family: Family, examples: Examples, rows: np.ndarray, keys: Sequence[tuple[int, ...]],
     max_timestep: int | None = None,
 ) -> NoisyBatch:  # fmt: skip
     """Noise examples `rows`, ``(B,)``, with posterior sample, noise and time drawn by `keys`, one for each."""
@@ -89,7 +89,7 @@ def noised(
     return NoisyBatch(noisy, timesteps, target, noise, rows, captions, list(keys))
 
 
-def resampled(family: StableDiffusion, examples: Examples, batch: NoisyBatch) -> torch.Tensor:
+def resampled(family: Family, examples: Examples, batch: NoisyBatch) -> torch.Tensor:
     """Noise a batch once more, at the same times with the same noise, on a posterior sample of its own.
 
     Args:

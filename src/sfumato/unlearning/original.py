@@ -24,6 +24,11 @@ class OriginalModel(torch.nn.Module):
         self._remembered = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         self._model = (model,)  # in a tuple, so that it is no part of this module
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+        return next(self._model[0].parameters()).dtype
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Do what the model did; without gradients, for none of these weights is trained."""
         with torch.no_grad():

@@ -195,9 +195,11 @@ def run(task: Task, config: RECEConfig) -> tuple[History, dict[str, Any]]:
     equations = NormalEquations(pairs.inputs, scales, kept, config)
     identity = torch.eye(original.shape[1], dtype=original.dtype)
     prompts = closed_form.prompt_pairs(task.concept, config.templates)
-    attacked = closed_form.embedding_pairs(task.family, prompts, "all")
+    attacked = closed_form.embedding_pairs(closed_form.text_family(task.family), prompts, "all")
     shown = closed_form.kept_prompts(task) if config.keep == "retain" else [anchor for _, anchor in prompts]
-    later = config.erase_preserve_scale * closed_form.gram_of_prompts(task.family, list(dict.fromkeys(shown)), "all")
+    later = config.erase_preserve_scale * closed_form.gram_of_prompts(
+        closed_form.text_family(task.family), list(dict.fromkeys(shown)), "all"
+    )
     first = identity + edit_map(equations, pairs, scales)
     maps, history, residual = solve(original.T @ original, first, attacked, later, config)
     changes = [original @ (one - identity) for one in (maps if config.held_out_prompts else maps[-1:])]

@@ -93,18 +93,17 @@ class DenoisingResidual:
     def __call__(self, pipe: DiffusionPipeline) -> torch.Tensor:
         """Give the losses ``(N,)`` of a model, float64, on the CPU."""
         family = family_of(pipe)
-        dtype = next(family.denoiser.parameters()).dtype
         losses = torch.zeros(len(self.captions), dtype=torch.float64)
         for start in range(0, len(self.captions), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            conditioning = {name: values.to(dtype) for name, values in family.encode_prompts(self.asked[rows]).items()}
+            conditioning = family.encode_prompts(self.asked[rows])
             for number, timestep in enumerate(self.timesteps):
                 latents, noise = (
                     values.to(family.device) for values in (self.latents[rows], self.noise[number, rows])
                 )
                 times = torch.full((len(latents),), timestep, device=family.device)
-                noisy = family.add_noise(latents, noise, times).to(dtype)
+                noisy = family.add_noise(latents, noise, times)
                 target = self.target_scale * family.target(latents, noise, times)
-                error = family.predict(family.denoiser, noisy, times, conditioning) - target
+                error = family.ask(family.denoiser, noisy, times, conditioning) - target
                 losses[rows] += error.double().square().flatten(1).mean(1).cpu()
         return losses.view(len(self.prompts), self.pictures).mean(1) / len(self.timesteps)

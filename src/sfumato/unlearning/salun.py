@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from sfumato.families import StableDiffusion
+from sfumato.families import Family
 from sfumato.trainer import Shard
 from sfumato.unlearning.examples import Examples, PromptTable
 from sfumato.unlearning.noising import ORDERS, NoisyBatch, noised, noisy_batch, resampled
@@ -107,7 +107,7 @@ class SalUnObjective:
     """
 
     def __init__(
-        self, family: StableDiffusion, teacher: torch.nn.Module, forget: Examples, retain: Examples,
+        self, family: Family, teacher: torch.nn.Module, forget: Examples, retain: Examples,
         anchors: Mapping[str, str], prompts: PromptTable, config: SalUnConfig, seed: int,
     ) -> None:  # fmt: skip
         self.family, self.teacher, self.prompts = family, teacher, prompts
@@ -119,15 +119,15 @@ class SalUnObjective:
         config = self.config
         forget = self._batch(self.forget, step, shard, FORGET_STREAM, config.forget_order)
         retain = self._batch(self.retain, step, shard, RETAIN_STREAM, "shuffled")
-        student = self.family.predict(
+        student = self.family.ask(
             model, torch.cat([forget.noisy, retain.noisy]), torch.cat([forget.timesteps, retain.timesteps]),
             self.prompts([*forget.captions, *retain.captions]),
         )  # fmt: skip
-        student_f, student_r = student.float().chunk(2)
+        student_f, student_r = student.chunk(2)
         seen = resampled(self.family, self.forget, forget) if config.legacy_two_samples else forget.noisy
         with torch.no_grad():
             anchored = self.prompts([self.anchors[caption] for caption in forget.captions])
-            teacher = self.family.predict(self.teacher, seen, forget.timesteps, anchored).float()
+            teacher = self.family.ask(self.teacher, seen, forget.timesteps, anchored)
         return {
             "forget": F.mse_loss(student_f, teacher),
             "retain": config.retain_weight * F.mse_loss(student_r, retain.target),
@@ -167,10 +167,10 @@ def saliency_mask(
             batch = noised(family, forget, np.array(index), [(task.seed, MASK_STREAM, i) for i in index])
             captions = [*batch.captions, *[""] * len(index)]
             with accelerator.autocast():
-                both = family.predict(
+                both = family.ask(
                     denoiser, batch.noisy.repeat(2, 1, 1, 1), batch.timesteps.repeat(2), prompts(captions)
                 )
-            conditional, unconditional = both.float().chunk(2)
+            conditional, unconditional = both.chunk(2)
             guided = (1 + guidance) * conditional - guidance * unconditional
             per_example = (guided - batch.target).pow(2).flatten(1).mean(1)
             (-per_example.sum()).backward()  # gradients add up in .grad, signed, in float32

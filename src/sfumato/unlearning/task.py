@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from sfumato import storage
 from sfumato.concepts import Concept, refuse_contradictions
-from sfumato.families import StableDiffusion
+from sfumato.families import Family
 from sfumato.settings import check_types
 from sfumato.trainer import Objective, TrainingConfig, train
 from sfumato.unlearning.costs import Costs
@@ -101,7 +101,7 @@ class TrainedConfig:
 
     @property
     def part(self) -> str:
-        """The part of the model that changes; see `StableDiffusion.parts`."""
+        """The part of the model that changes; see `Family.parts`."""
         return "denoiser"
 
 
@@ -124,7 +124,7 @@ class Task:
         costs: What the run has cost so far; None keeps no count.
     """
 
-    family: StableDiffusion
+    family: Family
     concept: Concept
     model: torch.nn.Module
     sources: ExampleConfig

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from sfumato import storage
 from sfumato.concepts import Concept
-from sfumato.families import Conditioning, StableDiffusion
+from sfumato.families import Family
 from sfumato.randomness import generator_for, permuted_indices, randn_for
 from sfumato.unlearning.examples import PromptTable
 from sfumato.unlearning.task import Task, TrainedConfig
@@ -101,17 +101,18 @@ class States(NamedTuple):
         latents: ``(B, C, H, W)``, float32.
         timesteps: Their times ``(B,)``.
         prompts: What each trajectory shows.
-        noise: What the original model says of them, ``(B, C, H, W)`` each, float32: the noise under ``"empty"``, the
-            empty prompt, under ``"prompt"``, their own, and under ``"source"``, the walker's `source` for it.
+        said: What the original model predicts of them (the noise, or a velocity), ``(B, C, H, W)`` each, float32:
+            under ``"empty"``, the empty prompt, under ``"prompt"``, their own, and under ``"source"``, the walker's
+            `source` for it.
     """
 
     latents: torch.Tensor
     timesteps: torch.Tensor
     prompts: list[str]
-    noise: Mapping[str, torch.Tensor]
+    said: Mapping[str, torch.Tensor]
 
 
-def erasing_target(noise: Mapping[str, torch.Tensor], erased: str, away: str, eta: float) -> torch.Tensor:
+def erasing_target(said: Mapping[str, torch.Tensor], erased: str, away: str, eta: float) -> torch.Tensor:
     r"""Give what a state should be seen as once a concept c is erased from a prompt f.
 
     .. math::
@@ -121,15 +122,15 @@ def erasing_target(noise: Mapping[str, torch.Tensor], erased: str, away: str, et
     (Gandikota et al., arXiv 2303.07345); that every prompt of the concept be an f, and its bare name c, is ours.
 
     Args:
-        noise: As in `States`, ``(B, C, H, W)`` each, with ``"empty"``.
+        said: As in `States`, ``(B, C, H, W)`` each, with ``"empty"``.
         erased: Which of it is said under f.
         away: Which of it is said under c.
         eta: How far to guide away.
 
     Returns:
-        The noise that should be seen, ``(B, C, H, W)``.
+        What should be predicted, ``(B, C, H, W)``.
     """
-    return noise[erased] - (1 + eta) * (noise[away] - noise["empty"])
+    return said[erased] - (1 + eta) * (said[away] - said["empty"])
 
 
 class Bank(Protocol):
@@ -158,14 +159,14 @@ class Trajectories:
         prompts: What each shows, ``N`` of them.
         timesteps: ``(N, L)``, the noisiest first.
         latents: ``(N, L, C, H, W)``, float32, on the CPU.
-        noise: See `States`; ``(N, L, C, H, W)`` each, float32, on the CPU.
+        said: See `States`; ``(N, L, C, H, W)`` each, float32, on the CPU.
         device: Where states are wanted.
     """
 
     prompts: tuple[str, ...]
     timesteps: torch.Tensor
     latents: torch.Tensor
-    noise: Mapping[str, torch.Tensor]
+    said: Mapping[str, torch.Tensor]
     device: torch.device
 
     @property
@@ -176,14 +177,14 @@ class Trajectories:
     @property
     def megabytes(self) -> float:
         """What the bank takes."""
-        return sum(t.numel() * t.element_size() for t in (self.latents, self.timesteps, *self.noise.values())) / 1e6
+        return sum(t.numel() * t.element_size() for t in (self.latents, self.timesteps, *self.said.values())) / 1e6
 
     def at(self, rows: np.ndarray, levels: np.ndarray, wanted: Sequence[str]) -> States:
         """Give states with predictions; see `Bank`."""
         place = torch.from_numpy(np.asarray(rows)), torch.from_numpy(np.asarray(levels))
-        noise = {name: self.noise[name][place].to(self.device) for name in wanted}
+        said = {name: self.said[name][place].to(self.device) for name in wanted}
         prompts = [self.prompts[row] for row in rows]
-        return States(self.latents[place].to(self.device), self.timesteps[place].to(self.device), prompts, noise)
+        return States(self.latents[place].to(self.device), self.timesteps[place].to(self.device), prompts, said)
 
 
 def shuffled_states(bank: Bank, seed: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -206,7 +207,7 @@ class Walker:
             trajectories, and not in each with its own.
     """
 
-    family: StableDiffusion
+    family: Family
     table: PromptTable
     config: TrajectoryConfig
     accelerator: Accelerator
@@ -271,9 +272,9 @@ class Walker:
 
     @torch.no_grad()
     def teach(self, latents: torch.Tensor, times: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Ask the original model for the noise in states ``(B, C, H, W)`` at times ``(B,)`` under `prompts`."""
+        """Ask the original model about states ``(B, C, H, W)`` at times ``(B,)`` under `prompts`."""
         with self.accelerator.autocast():
-            return self.family.predict_noise(self.family.denoiser, latents, times, self.table(prompts))
+            return self.family.ask(self.family.denoiser, latents, times, self.table(prompts))
 
     def asked(self, prompts: Sequence[str]) -> dict[str, list[str]]:
         """Name what the original model is asked about states of trajectories that show `prompts`; see `States`."""
@@ -322,17 +323,15 @@ class Walker:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
         """DDIM from the first of `times` on: states ``(B, L + 1, C, H, W)`` and what was said under `asked`."""
         family, many = self.family, len(asked)
-        dtype = next(denoiser.parameters()).dtype
-        found: Conditioning = self.table([text for texts in asked for text in texts])
-        conditioning = {name: value.to(dtype) for name, value in found.items()}
+        conditioning = self.table([text for texts in asked for text in texts])
         each = times.to(latents.device)[:, None].expand(-1, len(latents))  # (L, B)
         following = torch.cat([each[1:], torch.zeros_like(each[:1])])  # the run ends at time 0
         visited, said = [latents], []
         for now, after in list(zip(each, following, strict=True))[: None if to_the_end else -1]:
             with self.accelerator.autocast():
-                raw = family.predict(denoiser, latents.repeat(many, 1, 1, 1).to(dtype), now.repeat(many), conditioning)
-            parts = raw.float().chunk(many)
-            said.append(torch.stack([family.split(part, latents, now)[1] for part in parts]))
+                raw = family.ask(denoiser, latents.repeat(many, 1, 1, 1), now.repeat(many), conditioning)
+            parts = raw.chunk(many)
+            said.append(torch.stack(parts))
             clean, noise = family.split(
                 parts[0] + self.config.trajectory_guidance * (parts[1] - parts[0]), latents, now
             )
@@ -369,7 +368,7 @@ class TrainedTrajectories:
         states = self._walked.at(rows, levels, ())
         asked = self._walker.asked(states.prompts)
         said = {name: self._walker.teach(states.latents, states.timesteps, asked[name]) for name in wanted}
-        return states._replace(noise=said)
+        return states._replace(said=said)
 
     def refresh(self, rows: np.ndarray, key: Key) -> None:
         """Walk some trajectories again, from new noise.
@@ -417,7 +416,7 @@ def find_trajectories(task: Task, walker: Walker, prompts: Sequence[str], name: 
     keys = [(task.seed, stream, row) for row in range(len(prompts))]
     walked = walker.walk(task.family.denoiser, prompts, keys, teach=True, description=f"walk {name}")
     if path is not None and task.accelerator.is_main_process:
-        tensors = {"timesteps": walked.timesteps, "latents": walked.latents, **walked.noise}
+        tensors = {"timesteps": walked.timesteps, "latents": walked.latents, **walked.said}
         storage.save_tensors(path, tensors, {"key": key})
     task.note_costs()
     return walked

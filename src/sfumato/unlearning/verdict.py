@@ -19,7 +19,7 @@ from sfumato.concepts import Concept, Vocabulary, vocabulary_of
 from sfumato.evaluation.generation import draw
 from sfumato.evaluation.judge import Judge
 from sfumato.evaluation.unlearning import shows
-from sfumato.families import StableDiffusion, family_of
+from sfumato.families import Family, family_of
 from sfumato.randomness import generator_for, randn_for
 
 __all__ = ["Verdict", "pronounce", "require_known"]
@@ -97,7 +97,7 @@ def pronounce(pipe: DiffusionPipeline, result: DiffusionPipeline, concept: Conce
 
 
 @torch.no_grad()
-def require_known(family: StableDiffusion, concept: Concept) -> None:
+def require_known(family: Family, concept: Concept) -> None:
     """Raise a ValueError if the model's prediction does not depend on whether it is asked for a phrase."""
     prompts = [*concept.asked, ""]
     latents = randn_for([(STREAM, 0)], family.latent_shape).repeat(len(prompts), 1, 1, 1).to(family.device)
@@ -118,9 +118,7 @@ def _spread(prompts: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def _change(
-    before: StableDiffusion, after: StableDiffusion, prompts: Sequence[str], others: Sequence[str], seed: int
-) -> float:
+def _change(before: Family, after: Family, prompts: Sequence[str], others: Sequence[str], seed: int) -> float:
     """Change of the predictions for prompts, over the difference that the other prompts make."""
     generators = [generator_for(seed, STREAM, k) for k in range(len(prompts))]
     latents = before.generate(
@@ -137,12 +135,8 @@ def _change(
     return (change / max(difference, 1e-20)) ** 0.5
 
 
-def _predict(
-    family: StableDiffusion, noisy: torch.Tensor, times: torch.Tensor, prompts: Sequence[str]
-) -> torch.Tensor:
-    conditioning = family.encode_prompts(prompts)
-    dtype = next(family.denoiser.parameters()).dtype
-    return family.predict(family.denoiser, noisy.to(dtype), times, conditioning).float()
+def _predict(family: Family, noisy: torch.Tensor, times: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    return family.ask(family.denoiser, noisy, times, family.encode_prompts(prompts))
 
 
 def _judge_of(vocabulary: Vocabulary) -> Judge | None:

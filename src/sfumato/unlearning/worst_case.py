@@ -39,7 +39,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from sfumato import concepts
-from sfumato.families import StableDiffusion, family_of
+from sfumato.families import Family, family_of
 from sfumato.randomness import permuted_indices, randint_for, randn_for
 from sfumato.trainer import Shard, TrainingConfig, train
 from sfumato.unlearning import closed_form, core, uce
@@ -274,7 +274,7 @@ def weighted_uce(pipe: DiffusionPipeline, candidates: Sequence[Candidate], **set
         candidates: What may be forgotten.
         **settings: Fields of `UCEConfig`.
     """
-    config, family = UCEConfig(**settings), family_of(pipe)
+    config, family = UCEConfig(**settings), closed_form.text_family(family_of(pipe))
     asked = [closed_form.prompt_pairs(one, config.templates) for one in candidates]
     of = torch.tensor([k for k, some in enumerate(asked) for _ in some])
     pairs = closed_form.embedding_pairs(family, [pair for some in asked for pair in some], config.positions)
@@ -320,7 +320,7 @@ class SignDescentObjective:
     """
 
     def __init__(
-        self, original: StableDiffusion, measure: DenoisingResidual, anchors: Sequence[str], weights: torch.Tensor,
+        self, original: Family, measure: DenoisingResidual, anchors: Sequence[str], weights: torch.Tensor,
         batch_size: int, seed: int, signed: bool = True,
     ) -> None:  # fmt: skip
         self.original, self.measure, self.weights = original, measure, weights
@@ -339,9 +339,9 @@ class SignDescentObjective:
         times = randint_for([(*key, 1) for key in keys], family.num_train_timesteps).to(latents.device)
         noisy = family.add_noise(latents, noise, times)
         captions, anchors = ([texts[i] for i in index] for texts in (self.measure.captions, self.anchors))
-        student = family.predict(model, noisy, times, self.prompts(captions)).float()
+        student = family.ask(model, noisy, times, self.prompts(captions))
         with torch.no_grad():
-            anchored = family.predict(family.denoiser, noisy, times, self.prompts(anchors)).float()
+            anchored = family.ask(family.denoiser, noisy, times, self.prompts(anchors))
         weights = self.weights[torch.from_numpy(index) // self.measure.pictures].to(student)  # (B,)
         forget = (student - anchored).square().flatten(1).mean(1)
         retain = (student - family.target(latents, noise, times)).square().flatten(1).mean(1)
@@ -372,7 +372,7 @@ def sign_descent(
         steps: Steps of each round, which begins at the original's weights.
         learning_rate: beta: each weight moves by it in each step; not so with ``signed=False``.
         batch_size: Pictures in a step.
-        parameters: Which weights move; see `StableDiffusion.trainable_parameters`.
+        parameters: Which weights move; see `Family.trainable_parameters`.
         seed: Seeds pictures, order, noise and times.
         signed: Step by the sign of the gradient; False steps by the gradient itself.
     """
