@@ -6,12 +6,11 @@ that looks finished but is not. Tensors are stored as safetensors only; nothing 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from sfumato.delta import fingerprint
 
 __all__ = [
     "atomic_directory",
@@ -227,24 +228,6 @@ def _opened(path: str | Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is corrupt or cut short ({error}); fetch or make it again.") from error
-
-
-def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Hash names, shapes, dtypes and values of tensors, whatever their order and device.
-
-    Args:
-        tensors: Pairs such as ``module.named_parameters()``.
-
-    Returns:
-        The first 16 hexadecimal digits of a SHA-256.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}|{tuple(value.shape)}|{value.dtype}|".encode())
-        if value.numel():
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def check_output_dir(path: str | Path, *, resume: bool = False) -> Path:
