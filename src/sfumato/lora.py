@@ -25,7 +25,7 @@ from diffusers.utils import convert_state_dict_to_kohya
 
 from sfumato import storage
 
-__all__ = ["Lora", "extract_lora", "save_lora"]
+__all__ = ["Lora", "extract_lora", "require_loader", "save_lora"]
 
 DIFFUSERS_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora.safetensors"
 _OVERSAMPLING, _ITERATIONS = 8, 8
@@ -76,7 +76,7 @@ def extract_lora(base: DiffusionPipeline, result: DiffusionPipeline, rank: int =
         found, squared, missing = _approximate(original, module, rank)
         whole, left = whole + squared, left + missing
         if squared:
-            _require_loader(result, component)
+            require_loader(result, component)
         if found:
             layers[component] = found
     if not layers:
@@ -121,7 +121,7 @@ def _kohya_name(name: str, single: bool) -> str:
     return name.replace("lora_te1_", "lora_te_") if single else name
 
 
-def _require_loader(pipe: DiffusionPipeline, component: str) -> None:
+def require_loader(pipe: DiffusionPipeline, component: str) -> None:
     """Refuse a component that stock diffusers can't load a LoRA into."""
     taken = inspect.signature(pipe.save_lora_weights).parameters if hasattr(pipe, "save_lora_weights") else {}
     if f"{component}_lora_layers" not in taken:

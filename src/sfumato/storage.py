@@ -255,7 +255,8 @@ def check_output_dir(path: str | Path, *, resume: bool = False) -> Path:
         raise NotADirectoryError(f"Can't write into {path}: {existing} is a file. Choose another output folder.")
     if not os.access(existing, os.W_OK):
         raise PermissionError(f"Can't write into {path}: no permission. Choose another output folder.")
-    if (path / "model_index.json").exists():
+    in_place = (path / "manifest.json").exists() and not (path / "result").exists()
+    if in_place or (path / "model_index.json").exists():
         raise FileExistsError(f"{path} already holds a finished model. Choose another output folder or move it away.")
     present = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     foreign = {name for name in present if name not in JOB_FILES and not name.endswith((".partial", ".retired"))}

@@ -10,11 +10,9 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
-import json
 import logging
 import platform
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +31,7 @@ from sfumato.families import Family, StableDiffusion, TextFamily, family_of
 from sfumato.trainer import TrainingConfig, make_accelerator, preflight
 from sfumato.unlearning.costs import Costs
 from sfumato.unlearning.pruning import prune
+from sfumato.unlearning.result import OutputConfig, check_output, write_result
 from sfumato.unlearning.saliency import mask_density
 from sfumato.unlearning.task import ExampleConfig, Task
 from sfumato.unlearning.verdict import pronounce, require_known
@@ -78,6 +77,7 @@ class Method(NamedTuple):
             self.config_class,
             *((ExampleConfig,) if self.examples else ()),
             *((TrainingConfig,) if self.trains else ()),
+            OutputConfig,
         )
 
     @property
@@ -129,11 +129,13 @@ def unlearn(
         method: One of `METHODS`.
         anchor: What to show instead; see `sfumato.concepts.resolve` for the default.
         retain: Prompts that must keep their meaning; likewise.
-        output_dir: Where to write the result, mask, manifest and logs; None keeps it all in memory.
+        output_dir: Where to write the result, as `OutputConfig` says, mask, manifest and logs; None keeps it all in
+            memory.
         resume: Continue a run in `output_dir` that was cut short.
         recipe: A YAML file of settings; default is the model's own recipe, if it has one.
         verify: Check at the end whether the concept is gone and what happened to its neighbours, and say so.
-        **settings: Any field of the method's config, `ExampleConfig` or `TrainingConfig`; they override the recipe.
+        **settings: Any field of the method's config, `ExampleConfig`, `TrainingConfig` or `OutputConfig`; they
+            override the recipe.
 
     Returns:
         A new pipeline of the same kind, which shares every component with `pipe` but the one that the method changes:
@@ -164,6 +166,8 @@ def unlearn(
     configs = {type(config): config for config in configure(chosen_method.configs, chosen)}
     config = configs[chosen_method.config_class]
     sources, training = configs.get(ExampleConfig, ExampleConfig()), configs.get(TrainingConfig, TrainingConfig())
+    output = configs[OutputConfig]
+    check_output(pipe, family.parts[config.part], output)
     names = family.trainable_parameters(config.parameters, config.part)
     folder = storage.check_output_dir(output_dir, resume=resume) if output_dir is not None else None
     if folder is not None:
@@ -207,7 +211,7 @@ def unlearn(
     if folder is not None and accelerator.is_main_process:
         settings_used = {name: value for part in configs.values() for name, value in asdict(part).items()}
         manifest = _manifest(task, method, settings_used, facts)
-        _write_result(result, concepts.vocabulary_of(pipe), folder, history, manifest)
+        write_result(pipe, result, folder, output, history, manifest)
     accelerator.wait_for_everyone()
     return result
 
@@ -299,25 +303,3 @@ def peak_memory_mb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e6
     scale = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
-
-
-def _write_result(
-    pipe: DiffusionPipeline, vocabulary: concepts.Vocabulary | None, folder: Path, history: list[dict[str, float]],
-    manifest: Mapping[str, Any],
-) -> None:  # fmt: skip
-    """Write the pipeline into `folder`; its index comes last, so a folder that loads is complete."""
-    with storage.atomic_directory(folder / "result") as partial:
-        pipe.save_pretrained(partial, safe_serialization=True)
-        if vocabulary is not None:
-            storage.write_text(partial / concepts.VOCABULARY_FILE, vocabulary.as_json())
-        storage.write_text(partial / "history.json", json.dumps(history))
-        storage.write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
-    parts = sorted((folder / "result").iterdir(), key=lambda path: path.name == "model_index.json")
-    for part in parts:
-        target = folder / part.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        part.replace(target)
-    (folder / "result").rmdir()
-    for leftover in ("checkpoints", "examples"):
-        shutil.rmtree(folder / leftover, ignore_errors=True)
