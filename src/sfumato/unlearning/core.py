@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from sfumato import concepts, recipes, storage
 from sfumato.families import Family, StableDiffusion, TextFamily, family_of
 from sfumato.trainer import TrainingConfig, make_accelerator, preflight
+from sfumato.unlearning.adapters import add_adapters, merge_adapters
 from sfumato.unlearning.costs import Costs
 from sfumato.unlearning.pruning import prune
 from sfumato.unlearning.result import OutputConfig, check_output, write_result
@@ -178,6 +179,9 @@ def unlearn(
     }  # fmt: skip
     accelerator = make_accelerator(training, folder)
     model = _trainable_copy(family.parts[config.part], names)
+    adapter_rank = getattr(config, "adapter_rank", 0)
+    if adapter_rank:
+        add_adapters(model, names, adapter_rank, training.seed)
     costs = Costs(accelerator, folder, resume=resume, began=began)
     task = Task(family, concept, model, sources, training, identity, accelerator, folder, resume, costs=costs)
     implementation: Any = importlib.import_module(chosen_method.module)
@@ -195,6 +199,8 @@ def unlearn(
     task.read_folders()
     with _counting(costs.counted, family.denoiser, model if config.part == "denoiser" else None):
         history, facts = implementation.run(task, config)
+    if adapter_rank:
+        merge_adapters(model)
     _cast(model.requires_grad_(False), next(family.parts[config.part].parameters()).dtype)
     result = family.with_parts({config.part: model})
     if verify and accelerator.is_main_process:

@@ -72,6 +72,8 @@ class ProximalConfig(TrainedConfig):
         super().__post_init__()
         if self.retain_weight < 0:
             raise ValueError(f"`retain_weight` must not be negative, got {self.retain_weight}.")
+        if self.adapter_rank:
+            raise ValueError("The share of weights that differ is not one of adapters: leave out adapter_rank.")
         if not 0 < self.changed_ratio <= 1:
             raise ValueError(f"`changed_ratio` must lie in (0, 1], got {self.changed_ratio}.")
 

@@ -86,6 +86,10 @@ class SalUnConfig(TrainedConfig):
     def __post_init__(self) -> None:
         """Check the types and ranges."""
         super().__post_init__()
+        if self.adapter_rank and self.mask_ratio < 1:
+            raise ValueError(
+                "A saliency mask is over weights, and adapters leave these alone: give mask_ratio=1 with adapter_rank."
+            )
         if not 0 <= self.mask_ratio <= 1:
             raise ValueError(f"`mask_ratio` must lie in [0, 1], got {self.mask_ratio}.")
         if self.retain_weight < 0:

@@ -83,12 +83,15 @@ class TrainedConfig:
         parameters: Which weights to train: ``"full"``, ``"xattn"``, ``"xattn-kv"``, ``"selfattn"``, ``"noxattn"`` or
             ``"notime"``.
         batch_size: Pictures of each kind in a step, over all processes.
+        adapter_rank: Train low-rank adapters of this rank in the layers of these weights, in their place; 0 trains the
+            weights. See `sfumato.unlearning.adapters`.
         prune_ratio: Share of the linear and convolution weights, those of least magnitude, to set to zero for good
             before unlearning (Unlearn-Sparse, arXiv 2304.04934).
     """
 
     parameters: str = field(default="full", metadata={"choices": SUBSETS})
     batch_size: int = 8
+    adapter_rank: int = 0
     prune_ratio: float = 0.0
 
     def __post_init__(self) -> None:
@@ -98,6 +101,10 @@ class TrainedConfig:
             raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
         if not 0 <= self.prune_ratio < 1:
             raise ValueError(f"`prune_ratio` must lie in [0, 1), got {self.prune_ratio}.")
+        if self.adapter_rank < 0:
+            raise ValueError(f"`adapter_rank` must not be negative, got {self.adapter_rank}.")
+        if self.adapter_rank and self.prune_ratio:
+            raise ValueError("Merged adapters would fill in what `prune_ratio` sets to zero: leave out one of both.")
 
     @property
     def part(self) -> str:
