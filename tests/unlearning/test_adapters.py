@@ -64,13 +64,13 @@ def test_adapters_change_nothing_before_they_are_trained_and_depend_on_the_seed(
 def test_a_run_with_adapters_resumes(tiny_pipe, tmp_path, monkeypatch):
     settings = {**STEPS, **CASES["esd"], "steps": 4, "checkpoint_every": 2}
     whole = sfumato.unlearn(tiny_pipe, "sneaker", "esd", **settings)
-    from sfumato.unlearning import core
+    from sfumato.unlearning import working_copy
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(core, "merge_adapters", stop)
+        patched.setattr(working_copy, "merge_adapters", stop)
         sfumato.unlearn(tiny_pipe, "sneaker", "esd", output_dir=tmp_path / "out", **settings)
     resumed = sfumato.unlearn(tiny_pipe, "sneaker", "esd", output_dir=tmp_path / "out", resume=True, **settings)
     for one, other in zip(whole.unet.parameters(), resumed.unet.parameters(), strict=True):

@@ -7,7 +7,6 @@ stock diffusers loads, with a manifest beside it.
 
 from __future__ import annotations
 
-import copy
 import difflib
 import importlib
 import logging
@@ -29,13 +28,12 @@ from tqdm.auto import tqdm
 from sfumato import concepts, recipes, storage
 from sfumato.families import Family, StableDiffusion, TextFamily, family_of
 from sfumato.trainer import TrainingConfig, make_accelerator, preflight
-from sfumato.unlearning.adapters import add_adapters, merge_adapters
 from sfumato.unlearning.costs import Costs
-from sfumato.unlearning.pruning import prune
 from sfumato.unlearning.result import OutputConfig, check_output, write_result
 from sfumato.unlearning.saliency import mask_density
 from sfumato.unlearning.task import ExampleConfig, Task
 from sfumato.unlearning.verdict import pronounce, require_known
+from sfumato.unlearning.working_copy import working_copy
 
 __all__ = ["METHODS", "ExampleConfig", "Method", "configure", "method_named", "unlearn"]
 
@@ -178,29 +176,26 @@ def unlearn(
         "base": storage.fingerprint(family.parts[config.part].named_parameters()), "examples": asdict(sources),
     }  # fmt: skip
     accelerator = make_accelerator(training, folder)
-    model = _trainable_copy(family.parts[config.part], names)
-    adapter_rank = getattr(config, "adapter_rank", 0)
-    if adapter_rank:
-        add_adapters(model, names, adapter_rank, training.seed)
     costs = Costs(accelerator, folder, resume=resume, began=began)
-    task = Task(family, concept, model, sources, training, identity, accelerator, folder, resume, costs=costs)
     implementation: Any = importlib.import_module(chosen_method.module)
-    if hasattr(implementation, "check"):
-        implementation.check(task, config)
-    if chosen_method.trains:
-        preflight(
-            model, config.batch_size, training, accelerator=accelerator, output_dir=folder, identity=identity,
-            resume=resume,
-        )  # fmt: skip
-        task.kept = prune(model, config.prune_ratio)
-    pipe.to(accelerator.device)
-    model.to(accelerator.device)
-    require_known(family, concept)
-    task.read_folders()
-    with _counting(costs.counted, family.denoiser, model if config.part == "denoiser" else None):
-        history, facts = implementation.run(task, config)
-    if adapter_rank:
-        merge_adapters(model)
+    changes = {name: getattr(config, name) for name in ("adapter_rank", "prune_ratio") if chosen_method.trains}
+    with working_copy(family.parts[config.part], names, seed=training.seed, **changes) as (model, kept):
+        task = Task(
+            family, concept, model, sources, training, identity, accelerator, folder, resume, kept=kept, costs=costs
+        )
+        if hasattr(implementation, "check"):
+            implementation.check(task, config)
+        if chosen_method.trains:
+            preflight(
+                model, config.batch_size, training, accelerator=accelerator, output_dir=folder, identity=identity,
+                resume=resume,
+            )  # fmt: skip
+        pipe.to(accelerator.device)
+        model.to(accelerator.device)
+        require_known(family, concept)
+        task.read_folders()
+        with _counting(costs.counted, family.denoiser, model if config.part == "denoiser" else None):
+            history, facts = implementation.run(task, config)
     _cast(model.requires_grad_(False), next(family.parts[config.part].parameters()).dtype)
     result = family.with_parts({config.part: model})
     if verify and accelerator.is_main_process:
@@ -252,14 +247,6 @@ def _counting(count: torch.Tensor, *denoisers: torch.nn.Module | None) -> Iterat
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _trainable_copy(part: torch.nn.Module, names: Sequence[str]) -> torch.nn.Module:
-    copied = copy.deepcopy(part).float().eval()
-    wanted = set(names)
-    for name, parameter in copied.named_parameters():
-        parameter.requires_grad_(name in wanted)
-    return copied
 
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
