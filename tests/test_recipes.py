@@ -33,7 +33,7 @@ def test_a_shipped_recipe_has_every_setting_of_its_method_and_says_why(name):
         for cls in METHODS[method].configs
     ]
     known = {key: value for config in configs for key, value in asdict(config).items()}
-    places = {"forget_images", "retain_images", "mask_path", "log_with"}  # these are the user's
+    places = {"forget_images", "retain_images", "mask_path", "log_with", "save", "lora_rank"}  # these are the user's
     assert set(known) - set(recipe.settings) == set(known) & places
     assert {key: known[key] for key in recipe.settings} == recipe.settings
     text = Path(path).read_text()

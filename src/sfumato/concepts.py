@@ -363,4 +363,6 @@ def _class_concept(
     left = [name for name in classes if name not in gone]
     following = [next((one for one in left if numbers[one] > numbers[name]), left[0] if left else "") for name in gone]
     anchors = [known(anchor)] * len(gone) if anchor else following
-    return Concept(", ".join(phrases), tuple(gone), tuple(anchors), tuple(kept), tuple(gone), tuple(phrases), tuple(gone))
+    return Concept(
+        ", ".join(phrases), tuple(gone), tuple(anchors), tuple(kept), tuple(gone), tuple(phrases), tuple(gone)
+    )

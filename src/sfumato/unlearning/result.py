@@ -90,10 +90,8 @@ def write_result(
         saved = _save(base, result, partial, config, manifest)
         storage.write_text(partial / "history.json", json.dumps(history))
         storage.write_text(partial / "manifest.json", json.dumps({**manifest, "saved": saved}, indent=1))
-    last = "model_index.json" if "full" in config.save else "manifest.json"
-    for entry in sorted(
-        (folder / "result").iterdir(), key=lambda path: path.name == last
-    ):  # it says that all is there
+    last = "model_index.json" if "full" in config.save else "manifest.json"  # it says that all is there
+    for entry in sorted((folder / "result").iterdir(), key=lambda path: path.name == last):
         target = folder / entry.name
         if target.is_dir():
             shutil.rmtree(target)
