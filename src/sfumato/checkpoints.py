@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from sfumato import storage
+from sfumato.sharding import local, spread_like, whole
 
 __all__ = ["check_same_run", "newest", "restore", "save"]
 
@@ -81,8 +83,11 @@ def save(
     state: Tensors,
     history: list[dict[str, float]],
     keep: int,
+    write: bool = True,
 ) -> None:
     """Write a checkpoint, then drop the ones too many; a kill in between leaves at least one whole.
+
+    All processes must call it, as weights that are spread over them are put together; one of them writes.
 
     Args:
         output_dir: The job's output folder.
@@ -94,6 +99,7 @@ def save(
         state: What else changes from step to step; likewise.
         history: Rows so far.
         keep: How many checkpoints to keep.
+        write: Whether this process is the one that writes.
     """
     target = output_dir / "checkpoints" / f"step-{step:08d}"
     moments = {
@@ -102,6 +108,9 @@ def save(
         for key, value in entry.items()
         if value is not None
     }
+    weights, moments, average = (_gather(tensors, write) for tensors in (weights, moments, average))
+    if not write:
+        return
     with storage.atomic_directory(target) as partial:
         for name, tensors in (
             ("weights", weights), ("optimizer", moments), ("average", average), ("state", state),
@@ -115,6 +124,16 @@ def save(
         )
     for old in sorted(target.parent.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
+
+
+def _gather(tensors: Tensors, keep: bool) -> dict[str, torch.Tensor]:
+    """Put tensors together one by one, on the CPU if they are spread, and keep them where they are to be written."""
+    gathered = {}
+    for name, values in tensors.items():
+        together = whole(values).cpu() if isinstance(values, DTensor) else values
+        if keep:
+            gathered[name] = together
+    return gathered
 
 
 def restore(
@@ -143,16 +162,16 @@ def restore(
     averages = storage.load_tensors(checkpoint / "average.safetensors") if average else {}
     states = storage.load_tensors(checkpoint / "state.safetensors") if state else {}
     entries: dict[int, dict[str, torch.Tensor]] = {}
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = checkpoint / "optimizer.safetensors"
     for name, value in (storage.load_tensors(moments) if moments.exists() else {}).items():
         index, key = name.split(".", 1)
-        entries.setdefault(int(index), {})[key] = value
-    with torch.no_grad():
-        for name, value in stored.items():
-            weights[name].copy_(value)
-        for name, value in averages.items():
-            average[name].copy_(value)
-        for name, value in states.items():
-            state[name].copy_(value)
+        parameter = trained[int(index)]
+        entries.setdefault(int(index), {})[key] = (
+            spread_like(value, parameter) if value.shape == parameter.shape else value
+        )
+    for given, found in ((weights, stored), (average, averages), (state, states)):
+        for name, value in found.items():
+            local(given[name]).copy_(local(spread_like(value, given[name])))
     optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
     return int(progress["step"]), history

@@ -2,7 +2,8 @@
 
 A job is an objective, `Objective`, which turns ``(step, shard)`` into losses. Data, noise and times come from
 `sfumato.randomness`, so the loop has nothing random of its own: a run that was killed resumes to the same bits on the
-CPU, and the result does not depend on how many processes share a batch. What an objective carries from step to step
+CPU, and the result does not depend on how many processes share a batch, or spread the weights among them with FSDP2
+(`sfumato.sharding`). What an objective carries from step to step
 (a discriminator, the last attack) it shows as tensors, and the checkpoints keep them: `StatefulObjective`. One whose
 terms have a gradient each, that are not simply added, is a `SurgicalObjective`.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,12 +22,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration
 from tqdm.auto import tqdm
 
 from sfumato import checkpoints, storage
 from sfumato.settings import check_seed, check_types
+from sfumato.sharding import Structure, blocks_of, is_spread, local, locals_of, named_parameters, spread_like, whole
 
 __all__ = [
     "MaskedUpdate",
@@ -198,7 +201,7 @@ class MaskedUpdate:
         restore: False masks the gradients alone: what else the optimiser does, as weight decay, moves every weight.
 
     Attributes:
-        outside: Parameter to a `bool` tensor, True where it must not move.
+        outside: Parameter to a `bool` tensor, True where it must not move, of what this process holds of it.
     """
 
     def __init__(
@@ -207,21 +210,21 @@ class MaskedUpdate:
         masks: Mapping[torch.nn.Parameter, torch.Tensor],
         restore: bool = True,
     ) -> None:
-        self.outside = {parameter: ~mask for parameter, mask in masks.items()}
+        self.outside = {parameter: ~local(spread_like(mask, parameter)) for parameter, mask in masks.items()}
         optimizer.register_step_pre_hook(self._mask_gradients)
         if restore and (optimizer.state or any(group["weight_decay"] for group in optimizer.param_groups)):
-            self._frozen = {parameter: parameter.detach()[out].clone() for parameter, out in self.outside.items()}
+            self._frozen = {parameter: local(parameter)[out].clone() for parameter, out in self.outside.items()}
             optimizer.register_step_post_hook(self._restore)
 
     def _mask_gradients(self, *_: Any) -> None:
         for parameter, outside in self.outside.items():
             if parameter.grad is not None:
-                _zero(parameter.grad, outside)
+                _zero(local(parameter.grad), outside)
 
     @torch.no_grad()
     def _restore(self, *_: Any) -> None:
         for parameter, outside in self.outside.items():
-            parameter.masked_scatter_(outside, self._frozen[parameter])
+            local(parameter).masked_scatter_(outside, self._frozen[parameter])
 
 
 @torch.no_grad()
@@ -290,12 +293,15 @@ def train(
         identity=identity,
         resume=resume,
     )
-    parameters = _trained(model)
     if config.gradient_checkpointing and hasattr(model, "enable_gradient_checkpointing"):
         model.enable_gradient_checkpointing()  # type: ignore[operator]
     model.to(accelerator.device)
-    optimizer = _make_optimizer(parameters, config)
-    movable = {parameters[name]: mask.to(accelerator.device) for name, mask in (masks or {}).items()}
+    structure, optimizer = Structure(model), _make_optimizer(_trained(model), config)
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = blocks_of(model)  # accelerate wants all of them
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    parameters = _trained(model)  # FSDP2 has put others in their places
+    movable = {parameters[name]: mask for name, mask in (masks or {}).items()}
     outside = MaskedUpdate(optimizer, movable, restore_masked).outside if movable else {}
     average = {n: p.detach().clone() for n, p in parameters.items()} if config.ema_decay is not None else {}
     start, history = 0, list[dict[str, float]]()
@@ -304,14 +310,13 @@ def train(
         start, history = checkpoints.restore(
             checkpoint, weights=parameters, optimizer=optimizer, average=average, state=_state_of(objective)
         )
-    wrapped, prepared = accelerator.prepare(model, optimizer)
     bar = tqdm(
         range(start, config.steps), desc=description, initial=start, total=config.steps,
         disable=not accelerator.is_main_process,
     )  # fmt: skip
     began = time.perf_counter()
     for step in bar:
-        row = _step(wrapped, prepared, objective, config, accelerator, step, outside)
+        row = _step(wrapped, prepared, objective, config, accelerator, step, parameters, outside)
         _move_average(average, parameters, config, step)
         history.append({**row, "seconds": time.perf_counter() - began})
         bar.set_postfix(loss=f"{row['loss']:.4f}")
@@ -320,17 +325,18 @@ def train(
         due = step + 1 == config.steps or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0)
         if due:
             _check_health(wrapped, objective, config, accelerator, step, [*parameters.values(), *average.values()])
-        if due and folder is not None and accelerator.is_main_process:
+        if due and folder is not None:
             checkpoints.save(
                 folder, step + 1, identity=run_identity, weights=parameters, optimizer=optimizer, average=average,
                 state=_state_of(objective), history=history, keep=config.keep_checkpoints,
+                write=accelerator.is_main_process,
             )  # fmt: skip
         if due and folder is not None and on_checkpoint is not None:
             on_checkpoint()
-    with torch.no_grad():
-        for name, value in average.items():
-            parameters[name].copy_(value)
+    for name, value in average.items():
+        local(parameters[name]).copy_(local(value))
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # gives the model its own forward back
+    structure.restore()
     accelerator.wait_for_everyone()
     if accelerator.trackers:
         accelerator.end_training()
@@ -395,7 +401,7 @@ def _state_of(objective: Objective) -> Mapping[str, torch.Tensor]:
 
 
 def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: parameter for name, parameter in named_parameters(model).items() if parameter.requires_grad}
 
 
 def make_accelerator(config: TrainingConfig, output_dir: str | Path | None = None) -> Accelerator:
@@ -413,10 +419,21 @@ def make_accelerator(config: TrainingConfig, output_dir: str | Path | None = Non
     AcceleratorState._reset_state()  # else the precision of an earlier call in this process could not be left
     project = ProjectConfiguration(logging_dir=str(Path(output_dir) / "logs")) if output_dir else None
     accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.log_with, project_config=project)
+    _spread_on_cpus(accelerator)
     if config.log_with:
         plain = {k: v for k, v in asdict(config).items() if isinstance(v, int | float | str | bool)}
         accelerator.init_trackers("sfumato", config=plain)
     return accelerator
+
+
+def _spread_on_cpus(accelerator: Accelerator) -> None:
+    """Let FSDP2 spread weights over processes without an accelerator too, as its launcher asked: not in accelerate."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
+        for state in (AcceleratorState, PartialState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("Weights are spread by FSDP2 only: set fsdp_version: 2 in accelerate's config.")
 
 
 def _make_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
@@ -432,6 +449,7 @@ def _step(
     config: TrainingConfig,
     accelerator: Accelerator,
     step: int,
+    parameters: Mapping[str, torch.nn.Parameter],
     outside: Mapping[torch.nn.Parameter, torch.Tensor],
 ) -> dict[str, float]:
     """One optimiser step over the global batch; the weights do not change if the loss is not finite."""
@@ -442,11 +460,11 @@ def _step(
     ]
     surgeon = None
     if isinstance(objective, SurgicalObjective):
-        surgeon = _Surgeon(model, objective, config, accelerator, outside)
+        surgeon = _Surgeon(model, objective, config, accelerator, list(parameters.values()), outside)
     sums: dict[str, torch.Tensor] = {}
     for number, shard in enumerate(shards):
-        last = number == passes - 1 and surgeon is None
-        with nullcontext() if last else accelerator.no_sync(model):
+        apart = number < passes - 1 if surgeon is None else not surgeon.spread
+        with accelerator.no_sync(model) if apart else nullcontext():
             with accelerator.autocast():
                 terms = objective.losses(model, step, shard)
             total = torch.stack([term.float() for term in terms.values()]).sum()
@@ -463,9 +481,10 @@ def _step(
         raise _diverged(f"The loss became {row['loss']} at step {step}")
     limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
     norm = accelerator.clip_grad_norm_(model.parameters(), limit) if surgeon is None else surgeon.operate(limit)
-    if config.mixed_precision != "fp16" and norm is not None and not math.isfinite(norm):  # fp16's scaler skips these
+    length = 0.0 if norm is None else float(whole(torch.as_tensor(norm)))
+    if config.mixed_precision != "fp16" and not math.isfinite(length):  # fp16's scaler skips these
         optimizer.zero_grad()
-        raise _diverged(f"The gradient became {float(norm)} at step {step}")
+        raise _diverged(f"The gradient became {length} at step {step}")
     for group in optimizer.param_groups:
         group["lr"] = row["learning_rate"]
     optimizer.step()
@@ -479,39 +498,52 @@ class _Surgeon:
     """The gradients of an objective's terms, apart until the objective makes one of them.
 
     Each is added up over the passes and averaged over the processes first: a combination of averages, not an average
-    of combinations, so the number of processes does not change the result.
+    of combinations, so the number of processes does not change the result. Gradients of weights that are spread over
+    processes are put together, so that the objective sees the same there.
     """
 
     def __init__(
         self, model: torch.nn.Module, objective: SurgicalObjective, config: TrainingConfig, accelerator: Accelerator,
-        outside: Mapping[torch.nn.Parameter, torch.Tensor],
+        parameters: list[torch.nn.Parameter], outside: Mapping[torch.nn.Parameter, torch.Tensor],
     ) -> None:  # fmt: skip
         if config.mixed_precision == "fp16":
             raise ValueError("Gradient surgery needs true gradients, which mixed_precision='fp16' scales: use bf16.")
-        self.objective, self.accelerator, self.outside = objective, accelerator, outside
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.objective, self.accelerator, self.parameters, self.outside = objective, accelerator, parameters, outside
+        self.spread = is_spread(model)
         self.gradients: dict[str, list[torch.Tensor]] = {}
 
     def add(self, terms: Mapping[str, torch.Tensor]) -> None:
         """Add the gradients of a pass; the terms share a graph."""
         for name, term in terms.items():
-            found = torch.autograd.grad(term.float(), self.parameters, retain_graph=True, allow_unused=True)
-            parts = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
+            parts = self._gradient_of(term.float())
+            for parameter, part in zip(self.parameters, parts, strict=True):
+                if parameter in self.outside:  # what can't move has no say in the surgery
+                    _zero(local(part), self.outside[parameter])
+            if self.spread:
+                parts = [whole(part) for part in parts]
             earlier = self.gradients.get(name)
             self.gradients[name] = parts if earlier is None else list(torch._foreach_add(earlier, parts))
+
+    def _gradient_of(self, term: torch.Tensor) -> list[torch.Tensor]:
+        """The gradient of this process's share of a batch, or, as FSDP2 gives it, of all shares."""
+        if not self.spread:
+            found = torch.autograd.grad(term, self.parameters, retain_graph=True, allow_unused=True)
+        else:
+            self.accelerator.backward(term, retain_graph=True)
+            found = tuple(parameter.grad for parameter in self.parameters)
+            for parameter in self.parameters:
+                parameter.grad = None
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
 
     def operate(self, limit: float) -> float:
         """Combine the gradients into `.grad`; gives the norm of the result."""
         for name, parts in self.gradients.items():
-            reduced = [self.accelerator.reduce(part, "mean") for part in parts]
-            for parameter, part in zip(self.parameters, reduced, strict=True):
-                if parameter in self.outside:  # what can't move has no say in the surgery
-                    _zero(part, self.outside[parameter])
+            reduced = parts if self.spread else [self.accelerator.reduce(part, "mean") for part in parts]
             norm = torch.nn.utils.get_total_norm(reduced)
             self.gradients[name] = list(torch._foreach_mul(reduced, (limit / (norm + 1e-6)).clamp(max=1.0).item()))
         combined = self.objective.combine(self.gradients)
         for parameter, gradient in zip(self.parameters, combined, strict=True):
-            parameter.grad = gradient
+            parameter.grad = spread_like(gradient, parameter)
         return torch.nn.utils.get_total_norm(combined).item()
 
 
@@ -529,7 +561,7 @@ def _check_health(
     with accelerator.autocast():
         terms = objective.losses(model, step, Shard(accelerator.process_index, shards))
     total = torch.stack([term.float() for term in terms.values()]).sum()
-    sound = torch.stack([torch.isfinite(weight).all() for weight in weights]).all()
+    sound = torch.stack([torch.isfinite(local(weight)).all() for weight in weights]).all()
     loss, share = accelerator.reduce(torch.stack([total, sound.to(total)]), "mean").tolist()
     if share < 1:
         raise _diverged(f"The update of step {step} left weights that are NaN or infinite")
@@ -553,4 +585,5 @@ def _move_average(
     """Move the average towards the weights, faster while the run is young."""
     if average:
         decay = min(config.ema_decay or 0.0, (2 + step) / (11 + step))
-        torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
+        current = locals_of(parameters)
+        torch._foreach_lerp_(list(locals_of(average).values()), list(current.values()), 1 - decay)

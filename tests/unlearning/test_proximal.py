@@ -5,7 +5,7 @@ import torch
 
 import sfumato
 from sfumato import storage
-from sfumato.trainer import Shard, TrainingConfig, train
+from sfumato.trainer import Shard, TrainingConfig, make_accelerator, train
 from sfumato.unlearning.examples import PromptTable
 from sfumato.unlearning.proximal import ProximalConfig, ProximalObjective, soft_threshold
 from sfumato.unlearning.pruning import prune
@@ -24,8 +24,7 @@ def objective(family, model, forget, retain, steps, **config):
     config = ProximalConfig(batch_size=4, **config)
     salun = SalUnConfig(batch_size=4, retain_weight=config.retain_weight)
     relabelling = SalUnObjective(family, model, forget, retain, ANCHORS, PromptTable(family, PROMPTS), salun, 0)
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return ProximalObjective(relabelling, weights, config, steps)
+    return ProximalObjective(relabelling, model, config, steps, make_accelerator(TrainingConfig()))
 
 
 def moved_weights():
@@ -82,7 +81,7 @@ def test_share_of_changed_weights_is_what_the_schedule_says(family, forget, reta
 
     shares, model = [], copy.deepcopy(family.denoiser)
     made = objective(family, model, forget, retain, 4, changed_ratio=0.4, schedule=schedule)
-    watched = Watched(made.relabelling, made.weights, made.config, 4)
+    watched = Watched(made.relabelling, model, made.config, 4, made.accelerator)
     train(model, watched, TrainingConfig(steps=4, learning_rate=1e-2))
     # Adam's first update is the same for most weights, to the last bits, so some tie with the threshold
     assert shares == pytest.approx(expected, abs=0.01)

@@ -33,12 +33,15 @@ needs no copy of the changes; and what differs in `salun` (``forget_order``, ``l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
+from sfumato.sharding import is_spread, locals_of, named_parameters, spread_like, whole
 from sfumato.trainer import Shard
 from sfumato.unlearning.noising import ORDERS
 from sfumato.unlearning.saliency import kth_largest
@@ -112,22 +115,28 @@ class _Distances(Mapping[str, torch.Tensor]):
 
 
 @torch.no_grad()
-def soft_threshold(weights: Mapping[str, torch.Tensor], original: Mapping[str, torch.Tensor], share: float) -> float:
+def soft_threshold(
+    weights: Mapping[str, torch.Tensor], original: Mapping[str, torch.Tensor], share: float,
+    add_up: Callable[[torch.Tensor], Any] | None = None,
+) -> float:  # fmt: skip
     """Pull weights towards their original values, in place, until only a share of them differs.
 
     Args:
         weights: Parameter name to float32 tensor.
         original: Likewise.
         share: The share of all weights that may differ, in [0, 1].
+        add_up: Adds a tensor of counts up over the processes, if each has a part of the weights.
 
     Returns:
         The threshold tau; 0 if no weight need be pulled back.
     """
-    total = sum(values.numel() for values in original.values())
-    allowed = int(total * share)
+    total = torch.tensor(sum(values.numel() for values in original.values()))
+    if add_up is not None:
+        total = add_up(total.to(next(iter(weights.values())).device))
+    allowed = int(int(total) * share)
     if allowed >= total:
         return 0.0
-    threshold = kth_largest(_Distances(weights, original), allowed + 1)
+    threshold = kth_largest(_Distances(weights, original), allowed + 1, add_up)
     for name, start in original.items():
         change = weights[name] - start
         shrunk = start + change.sign() * (change.abs() - threshold)
@@ -140,37 +149,47 @@ class ProximalObjective:
 
     Args:
         relabelling: SalUn's objective.
-        weights: The trained weights, now at their original values, which are remembered.
+        model: The bare module being trained; its weights are remembered as they are now.
         config: Hyper-parameters.
         steps: How many there will be.
+        accelerator: The process group.
     """
 
     def __init__(
-        self, relabelling: SalUnObjective, weights: Mapping[str, torch.Tensor], config: ProximalConfig, steps: int
-    ) -> None:
+        self, relabelling: SalUnObjective, model: torch.nn.Module, config: ProximalConfig, steps: int,
+        accelerator: Accelerator,
+    ) -> None:  # fmt: skip
         self.relabelling, self.config, self.steps = relabelling, config, steps
-        self.batch_size = relabelling.batch_size
-        self.weights = weights
-        self.original = {name: values.detach().clone() for name, values in weights.items()}
+        self.model, self.accelerator, self.batch_size = model, accelerator, relabelling.batch_size
+        self.original = {name: values.detach().clone() for name, values in self._weights().items()}
 
     def losses(self, model: torch.nn.Module, step: int, shard: Shard) -> Mapping[str, torch.Tensor]:
         """Give SalUn's terms ``forget`` and ``retain``."""
         return self.relabelling.losses(model, step, shard)
 
     def after_step(self, model: torch.nn.Module, step: int, shards: Sequence[Shard]) -> None:
-        """Threshold the change; every process has the same weights, so it does the same."""
+        """Threshold the change; every process has the same weights, or a part of them, and does the same."""
         sets = (self.relabelling.forget, self.relabelling.retain)
         batches = [-(-len(examples) // self.batch_size) for examples in sets]
-        soft_threshold(self.weights, self.original, self.config.share_at(step, self.steps, *batches))
+        weights = self._weights()
+        self.original = {name: spread_like(values, weights[name]) for name, values in self.original.items()}
+        add_up = partial(self.accelerator.reduce, reduction="sum") if is_spread(self.model) else None
+        share = self.config.share_at(step, self.steps, *batches)
+        soft_threshold(locals_of(weights), locals_of(self.original), share, add_up)
 
     def state(self) -> Mapping[str, torch.Tensor]:
         """Give nothing: the weights are the trainer's, and the original ones are there at every start."""
         return {}
 
     def changed(self) -> float:
-        """Give the share of weights that differ from the original ones."""
-        moved = sum(int((values != self.weights[name]).sum()) for name, values in self.original.items())
-        return moved / sum(values.numel() for values in self.original.values())
+        """Give the share of weights that differ from the original ones; once trained, when they are whole again."""
+        weights, original = self._weights(), {name: whole(values) for name, values in self.original.items()}
+        moved = sum(int((values != weights[name]).sum()) for name, values in original.items())
+        return moved / sum(values.numel() for values in original.values())
+
+    def _weights(self) -> dict[str, torch.nn.Parameter]:
+        """The trained weights."""
+        return {name: values for name, values in named_parameters(self.model).items() if values.requires_grad}
 
 
 def check(task: Task, config: ProximalConfig) -> None:
@@ -189,6 +208,6 @@ def run(task: Task, config: ProximalConfig) -> tuple[History, dict[str, Any]]:
         legacy_two_samples=config.legacy_two_samples,
     )  # fmt: skip
     relabelling = SalUnObjective(task.family, task.model, forget, retain, anchors, prompts, salun, task.seed)
-    objective = ProximalObjective(relabelling, task.trained(), config, task.training.steps)
+    objective = ProximalObjective(relabelling, task.model, config, task.training.steps, task.accelerator)
     history = task.train(objective, "proximal")
     return history, {"changed_share": objective.changed()}

@@ -14,7 +14,7 @@ ones that a stable full sort would choose.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +64,17 @@ def top_mask(saliency: Mapping[str, torch.Tensor], ratio: float) -> tuple[dict[s
     return masks, float(torch.tensor(threshold, dtype=torch.int32).view(torch.float32))
 
 
-def kth_largest(values: Mapping[str, torch.Tensor], k: int) -> float:
+def kth_largest(
+    values: Mapping[str, torch.Tensor], k: int, add_up: Callable[[torch.Tensor], Any] | None = None
+) -> float:
     """Find the k-th largest of all values, counted from 1, without sorting or joining the tensors.
 
     Args:
         values: Name to a non-negative float32 tensor. Each is asked for twice, and may be made when it is.
         k: From 1 to the number of values.
+        add_up: Adds a tensor of counts up over the processes, if each has a part of the values.
     """
-    return float(torch.tensor(_kth_largest(values, k)[0], dtype=torch.int32).view(torch.float32))
+    return float(torch.tensor(_kth_largest(values, k, add_up)[0], dtype=torch.int32).view(torch.float32))
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
@@ -79,11 +82,14 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
     return (values.float() + 0.0).contiguous().view(torch.int32)
 
 
-def _kth_largest(saliency: Mapping[str, torch.Tensor], k: int) -> tuple[int, int]:
+def _kth_largest(
+    saliency: Mapping[str, torch.Tensor], k: int, add_up: Callable[[torch.Tensor], Any] | None = None
+) -> tuple[int, int]:
     """Find the bit pattern of the k-th largest value, and how many values equal to it belong to the top k."""
-    upper = _histogram(saliency, lambda bits: bits >> 16)
+    add_up = add_up or (lambda counts: counts)
+    upper = add_up(_histogram(saliency, lambda bits: bits >> 16))
     high, left = _bin_from_top(upper, k)
-    lower = _histogram(saliency, lambda bits: bits[(bits >> 16) == high] & 0xFFFF)
+    lower = add_up(_histogram(saliency, lambda bits: bits[(bits >> 16) == high] & 0xFFFF))
     low, ties = _bin_from_top(lower, left)
     return (high << 16) | low, ties
 
@@ -93,12 +99,12 @@ def _histogram(saliency: Mapping[str, torch.Tensor], select: Any) -> torch.Tenso
     for values in saliency.values():
         total = total.to(values.device)
         total += torch.bincount(select(_bits(values).reshape(-1)), minlength=_BINS)
-    return total.cpu()
+    return total
 
 
 def _bin_from_top(counts: torch.Tensor, k: int) -> tuple[int, int]:
     """Find the bin in which the count from the top reaches k, and how many are still wanted within it."""
-    above = counts.flip(0).cumsum(0)
+    above = counts.cpu().flip(0).cumsum(0)
     place = int(torch.searchsorted(above, torch.tensor(k)))
     before = int(above[place - 1]) if place else 0
     return _BINS - 1 - place, k - before

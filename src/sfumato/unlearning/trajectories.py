@@ -253,13 +253,15 @@ class Walker:
         values = {name: torch.zeros(shape) for name in ("latents", *names)}
         times = torch.stack([self._times(keys[0][:1] if self.one_time else key) for key in keys])  # (N, L)
         mine = range(accelerator.process_index, count, accelerator.num_processes)
-        batches = [list(mine[i : i + self.config.trajectory_batch_size]) for i in
-                   range(0, len(mine), self.config.trajectory_batch_size)]  # fmt: skip
+        size = self.config.trajectory_batch_size
+        most = -(-count // accelerator.num_processes)  # a denoiser that is spread must be called by all, equally often
+        batches = [list(mine[i : i + size]) for i in range(0, most, size)]
         hidden = description is None or not accelerator.is_main_process
         for rows in tqdm(batches, desc=description, disable=hidden):
-            found = self._batch(denoiser, [prompts[k] for k in rows], [keys[k] for k in rows], times[rows], teach)
+            asked = rows or [0]
+            found = self._batch(denoiser, [prompts[k] for k in asked], [keys[k] for k in asked], times[asked], teach)
             for name, value in found.items():
-                values[name][rows] = value.cpu()
+                values[name][rows] = value[: len(rows)].cpu()
         if accelerator.num_processes > 1:  # each process has filled in its own rows
             for value in values.values():
                 for level in range(shape[1]):
