@@ -32,7 +32,7 @@ from sfumato.evaluation.report import label_rows, picture_grid
 from sfumato.evaluation.unlearning import Protocol, score, shows
 from sfumato.families import latent_space_of
 from sfumato.loading import assets_folder
-from sfumato.unlearning.core import METHODS
+from sfumato.unlearning.methods import METHODS
 
 NEIGHBOURS = {"sneaker": ("sandal", "boot")}
 DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0}

@@ -30,7 +30,7 @@ from sfumato.evaluation.judge import Judge
 from sfumato.evaluation.unlearning import Protocol, score_pipeline
 from sfumato.families import family_of
 from sfumato.loading import assets_folder
-from sfumato.unlearning.core import method_named
+from sfumato.unlearning.methods import method_named
 
 LIMITS = {"esd": 5.0, "advunlearn": 10.0}
 

@@ -196,3 +196,9 @@ class Tiny:
 def tiny():
     """`tiny(kind, scheduler_class, **config)` gives a [`Tiny`] pipeline; `tiny.kinds` names the kinds."""
     return Tiny
+
+
+@pytest.fixture
+def tiny_unet():
+    """A `UNet2DConditionModel` of its own."""
+    return deepcopy(unet())

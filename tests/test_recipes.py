@@ -8,7 +8,7 @@ import yaml
 import sfumato
 from sfumato.concepts import KINDS, kind_of, vocabulary_of
 from sfumato.recipes import find_recipe, read_recipe
-from sfumato.unlearning.core import METHODS
+from sfumato.unlearning.methods import METHODS
 
 SHIPPED = sorted(entry.name for entry in (files("sfumato.training") / "configs").iterdir())
 

@@ -5,13 +5,12 @@ import pytest
 import torch
 
 from sfumato import storage
+from sfumato.masked_update import MaskedUpdate, zero_where
 from sfumato.randomness import randn_for
 from sfumato.trainer import (
-    MaskedUpdate,
     NonFiniteLossError,
     Shard,
     TrainingConfig,
-    _zero,
     make_accelerator,
     preflight,
     train,
@@ -283,7 +282,7 @@ def test_tensorboard_receives_the_losses(tmp_path):
         ("learning_rate", 1e38, "`learning_rate` must be a positive number of at most 1e.36, .* got 1e.38"),
         ("learning_rate", "1e-5", "`learning_rate` must be a finite number, got '1e-5'; .* in YAML with a point"),
         ("gradient_checkpointing", "false", "`gradient_checkpointing` must be True or False, got 'false'"),
-        ("optimizer", "adagrad", "`optimizer` must be one of adam, adamw, sgd, got 'adagrad'"),
+        ("optimizer", "adagrad", "`optimizer` must be one of adam, adamw, sgd, adam8bit, adamw8bit, got 'adagrad'"),
         ("lr_schedule", "step", "`lr_schedule` must be"),
         ("mixed_precision", "int8", "`mixed_precision` must be"),
         ("gradient_accumulation_steps", 0, "must be at least 1"),
@@ -319,9 +318,9 @@ def test_zeroing_by_bits_is_masked_fill(shape):
         values.view(-1)[:4] = torch.tensor([-0.0, torch.inf, torch.nan, -1.0])
         where.view(-1)[:4] = torch.tensor([True, True, True, False])
     expected = values.masked_fill(where, 0)
-    _zero(values, where)
+    zero_where(values, where)
     assert torch.equal(values.view(torch.int32), expected.view(torch.int32))
     transposed, mask = torch.randn(4, 3).T, torch.rand(3, 4) < 0.5
     expected = transposed.masked_fill(mask, 0)
-    _zero(transposed, mask)
+    zero_where(transposed, mask)
     assert torch.equal(transposed, expected)

@@ -23,6 +23,7 @@ _HOMES = {
     "edit": "sfumato.inversion",
     "invert": "sfumato.inversion",
     "load": "sfumato.loading",
+    "rehearse": "sfumato.unlearning.core",
     "sample_with_gradients": "sfumato.gradients",
     "tune_time_shift": "sfumato.tuning",
     "unlearn": "sfumato.unlearning.core",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from sfumato.schedulers.scheduling_fixed_point import FixedPointScheduler as FixedPointScheduler
     from sfumato.schedulers.scheduling_time_shift import TimeShiftScheduler as TimeShiftScheduler
     from sfumato.tuning import tune_time_shift as tune_time_shift
+    from sfumato.unlearning.core import rehearse as rehearse
     from sfumato.unlearning.core import unlearn as unlearn
 else:
 

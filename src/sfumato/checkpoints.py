@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from sfumato import storage
 from sfumato.sharding import local, spread_like, whole
 
-__all__ = ["check_same_run", "newest", "restore", "save"]
+__all__ = ["check_same_run", "newest", "processes_of", "restore", "save"]
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -60,6 +60,11 @@ def check_same_run(checkpoint: Path, identity: Mapping[str, Any]) -> None:
         )
 
 
+def processes_of(checkpoint: Path) -> int:
+    """Give how many processes took part in the run that a checkpoint is of."""
+    return int(_read_json(checkpoint / "state.json").get("processes", 1))
+
+
 def _brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 80 else text[:77] + "..."
@@ -83,6 +88,7 @@ def save(
     state: Tensors,
     history: list[dict[str, float]],
     keep: int,
+    processes: int = 1,
     write: bool = True,
 ) -> None:
     """Write a checkpoint, then drop the ones too many; a kill in between leaves at least one whole.
@@ -99,6 +105,7 @@ def save(
         state: What else changes from step to step; likewise.
         history: Rows so far.
         keep: How many checkpoints to keep.
+        processes: How many take part in the run.
         write: Whether this process is the one that writes.
     """
     target = output_dir / "checkpoints" / f"step-{step:08d}"
@@ -119,9 +126,8 @@ def save(
                 storage.save_tensors(partial / f"{name}.safetensors", tensors)
         files = sorted(file.name for file in partial.glob("*.safetensors"))
         storage.write_text(partial / "history.json", json.dumps(history))
-        storage.write_text(
-            partial / "state.json", json.dumps({"step": step, "identity": identity, "files": files}, indent=1)
-        )
+        progress = {"step": step, "identity": identity, "files": files, "processes": processes}
+        storage.write_text(partial / "state.json", json.dumps(progress, indent=1))
     for old in sorted(target.parent.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
 

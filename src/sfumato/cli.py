@@ -110,8 +110,8 @@ def _demo(options: argparse.Namespace, _: Sequence[str]) -> None:
 
 
 def _unlearn(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    from sfumato.unlearning.core import METHODS
     from sfumato.unlearning.job import main as run_job
+    from sfumato.unlearning.methods import METHODS
 
     usage = f"usage: sfumato unlearn METHOD --forget CONCEPT --output FOLDER ...; methods: {', '.join(METHODS)}"
     if options.method is None and {"-h", "--help"} & set(rest):
@@ -123,7 +123,7 @@ def _unlearn(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _methods(_: argparse.Namespace, __: Sequence[str]) -> None:
-    from sfumato.unlearning.core import METHODS
+    from sfumato.unlearning.methods import METHODS
 
     for name, method in METHODS.items():
         print(f"{name:18}{method.summary}")

@@ -30,9 +30,9 @@ from sfumato.evaluation import report as page
 from sfumato.evaluation.generation import draw
 from sfumato.evaluation.judge import Judge
 from sfumato.evaluation.unlearning import Protocol, UnlearningScores, score_pipeline
+from sfumato.memory import peak_memory_mb
 from sfumato.schedulers.scheduling_time_shift import TimeShiftScheduler
 from sfumato.settings import check_seed, check_types
-from sfumato.unlearning.core import peak_memory_mb
 
 __all__ = ["DemoConfig", "run_demo"]
 

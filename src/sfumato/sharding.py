@@ -8,6 +8,7 @@ Everything here takes ordinary tensors as well, and gives them back as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -30,7 +31,8 @@ _WRAPPER = "_checkpoint_wrapped_module."
 
 def local(values: torch.Tensor) -> torch.Tensor:
     """Give what this process holds of a tensor, without a gradient; to change it is to change the tensor."""
-    return values.detach().to_local() if isinstance(values, DTensor) else values.detach()
+    held: Any = values.detach()
+    return held.to_local() if isinstance(values, DTensor) else held
 
 
 def locals_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -41,7 +43,8 @@ def locals_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def whole(values: torch.Tensor) -> torch.Tensor:
     """Put a tensor together; all processes must call it."""
-    return values.detach().full_tensor() if isinstance(values, DTensor) else values.detach()
+    held: Any = values.detach()
+    return held.full_tensor() if isinstance(values, DTensor) else held
 
 
 def spread_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -63,7 +66,7 @@ def blocks_of(model: torch.nn.Module) -> list[str]:
     Without those that hold its input embeddings, as accelerate spreads these by themselves.
     """
     named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
     return sorted({type(module).__name__ for module in model.modules() if embeddings not in module.modules()} & named)
 
 

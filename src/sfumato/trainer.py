@@ -10,7 +10,10 @@ terms have a gradient each, that are not simply added, is a `SurgicalObjective`.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import logging
 import math
 import os
 import time
@@ -24,14 +27,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration
-from tqdm.auto import tqdm
 
 from sfumato import checkpoints, storage
+from sfumato.attention import ATTENTION, attention, check_attention
+from sfumato.masked_update import MaskedUpdate, zero_where
+from sfumato.progress import Track
 from sfumato.settings import check_seed, check_types
 from sfumato.sharding import Structure, blocks_of, is_spread, local, locals_of, named_parameters, spread_like, whole
 
 __all__ = [
-    "MaskedUpdate",
     "NonFiniteLossError",
     "Objective",
     "Shard",
@@ -43,7 +47,8 @@ __all__ = [
     "train",
 ]
 
-_STRETCH = 1 << 17
+logger = logging.getLogger(__name__)
+
 LARGEST_LEARNING_RATE = 1e36  # Adam divides it by 0.1 at first, and float32 ends at 3.4e38
 
 
@@ -116,14 +121,17 @@ class TrainingConfig:
     Attributes:
         steps: Optimiser steps.
         learning_rate: Peak learning rate.
-        optimizer: ``"adam"``, ``"adamw"`` or ``"sgd"``.
-        weight_decay: Decoupled weight decay; ``"adamw"`` and ``"sgd"`` only.
+        optimizer: ``"adam"``, ``"adamw"`` or ``"sgd"``; ``"adam8bit"`` and ``"adamw8bit"`` keep moments in 8 bits
+            (bitsandbytes, on CUDA).
+        weight_decay: Decoupled weight decay; ``"adamw"``, ``"adamw8bit"`` and ``"sgd"`` only.
         lr_schedule: ``"constant"`` or ``"cosine"`` (to zero at the last step).
         warmup_steps: Steps of linear warm-up.
         max_grad_norm: Clip the global gradient norm to this; None does not clip.
         gradient_accumulation_steps: Split each process's share of a batch into so many passes.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; weights and optimiser stay float32.
         gradient_checkpointing: Recompute the denoiser's activations in the backward pass.
+        attention: Who computes attention: ``"sdpa"`` (torch, by the kernel it chooses), its kernels ``"math"``,
+            ``"flash"``, ``"efficient"`` or ``"cudnn"``, or ``"xformers"``.
         ema_decay: Keep an exponential moving average of the weights, which becomes the result; None keeps none.
         seed: Seeds the objective's data, noise and times.
         checkpoint_every: Steps between checkpoints; 0 keeps only the last.
@@ -133,7 +141,7 @@ class TrainingConfig:
 
     steps: int = 1000
     learning_rate: float = 1e-5
-    optimizer: str = field(default="adam", metadata={"choices": ["adam", "adamw", "sgd"]})
+    optimizer: str = field(default="adam", metadata={"choices": ["adam", "adamw", "sgd", "adam8bit", "adamw8bit"]})
     weight_decay: float = 0.0
     lr_schedule: str = field(default="constant", metadata={"choices": ["constant", "cosine"]})
     warmup_steps: int = 0
@@ -141,6 +149,7 @@ class TrainingConfig:
     gradient_accumulation_steps: int = 1
     mixed_precision: str = field(default="no", metadata={"choices": ["no", "bf16", "fp16"]})
     gradient_checkpointing: bool = False
+    attention: str = field(default="sdpa", metadata={"choices": ATTENTION})
     ema_decay: float | None = None
     seed: int = 0
     checkpoint_every: int = 500
@@ -158,13 +167,18 @@ class TrainingConfig:
                 f"`learning_rate` must be a positive number of at most {LARGEST_LEARNING_RATE:g}, beyond which a step "
                 f"overflows float32, got {self.learning_rate}."
             )
-        if self.weight_decay and self.optimizer == "adam":
+        if self.weight_decay and self.optimizer in ("adam", "adam8bit"):
             raise ValueError("`weight_decay` needs optimizer='adamw' or 'sgd': adam would mix it into the moments.")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError(f"`max_grad_norm` must be above 0, or None for no clipping, got {self.max_grad_norm}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must lie in [0, 1), or be None for no average, got {self.ema_decay}.")
         check_seed(self.seed)
+
+    @property
+    def largest_norm(self) -> float:
+        """What the gradient's norm is clipped to; infinite if it is not."""
+        return math.inf if self.max_grad_norm is None else self.max_grad_norm
 
     def learning_rate_at(self, step: int) -> float:
         """Give the learning rate of a step: a pure function, so resuming needs no scheduler state."""
@@ -177,71 +191,21 @@ _LEAST = {
     "steps": 1, "weight_decay": 0, "warmup_steps": 0, "gradient_accumulation_steps": 1, "checkpoint_every": 0,
     "keep_checkpoints": 1,
 }  # fmt: skip
+_FREE = {
+    "gradient_accumulation_steps", "gradient_checkpointing", "attention", "checkpoint_every", "keep_checkpoints",
+    "log_with",
+}  # fmt: skip
+"""What a resumed run may change, for instance because memory did not suffice: it does not change the result."""
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
+_EIGHT_BIT = {"adam8bit": "Adam8bit", "adamw8bit": "AdamW8bit"}
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss, its gradient or a weight became NaN or infinite; no such weights are saved."""
-
-
-class MaskedUpdate:
-    """Keep masked-out weights bit-identical through any optimiser, by masking the update and not only the gradient.
-
-    Gradients are masked before each step, so moments never learn of masked-out weights, and without weight decay and
-    moments from elsewhere their update is an exact zero. Otherwise they are put back after each step; then only the
-    masked-out values are kept, not a second copy of the model.
-
-    Args:
-        optimizer: The optimiser whose parameters are masked.
-        masks: Parameter to `bool` tensor of its shape; False is frozen. Parameters without a mask train freely.
-        restore: False masks the gradients alone: what else the optimiser does, as weight decay, moves every weight.
-
-    Attributes:
-        outside: Parameter to a `bool` tensor, True where it must not move, of what this process holds of it.
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        masks: Mapping[torch.nn.Parameter, torch.Tensor],
-        restore: bool = True,
-    ) -> None:
-        self.outside = {parameter: ~local(spread_like(mask, parameter)) for parameter, mask in masks.items()}
-        optimizer.register_step_pre_hook(self._mask_gradients)
-        if restore and (optimizer.state or any(group["weight_decay"] for group in optimizer.param_groups)):
-            self._frozen = {parameter: local(parameter)[out].clone() for parameter, out in self.outside.items()}
-            optimizer.register_step_post_hook(self._restore)
-
-    def _mask_gradients(self, *_: Any) -> None:
-        for parameter, outside in self.outside.items():
-            if parameter.grad is not None:
-                _zero(local(parameter.grad), outside)
-
-    @torch.no_grad()
-    def _restore(self, *_: Any) -> None:
-        for parameter, outside in self.outside.items():
-            local(parameter).masked_scatter_(outside, self._frozen[parameter])
-
-
-@torch.no_grad()
-def _zero(values: torch.Tensor, where: torch.Tensor) -> None:
-    """Set values to zero, in place, where a `bool` tensor says so.
-
-    On the CPU by their bit patterns, a stretch that the cache holds at a time: there `masked_fill_` branches at every
-    entry, which for a mask without a pattern takes ten times as long.
-    """
-    if values.device.type != "cpu" or values.dtype != torch.float32 or not values.is_contiguous():
-        values.masked_fill_(where, 0)
-        return
-    bits, flags = values.view(-1).view(torch.int32), where.reshape(-1).view(torch.int8)
-    scratch = torch.empty(min(_STRETCH, bits.numel()), dtype=torch.int32)
-    for some, chosen in zip(bits.split(_STRETCH), flags.split(_STRETCH), strict=True):
-        kept = scratch[: len(some)].copy_(chosen).sub_(1)  # all bits where it is kept, none where not
-        some.bitwise_and_(kept)
 
 
 def train(
@@ -285,61 +249,31 @@ def train(
     accelerator = accelerator or make_accelerator(config, output_dir)
     folder = Path(output_dir) if output_dir is not None else None
     run_identity = preflight(
-        model,
-        objective.batch_size,
-        config,
-        accelerator=accelerator,
-        output_dir=folder,
-        identity=identity,
+        model, objective.batch_size, config, accelerator=accelerator, output_dir=folder, identity=identity,
         resume=resume,
-    )
-    if config.gradient_checkpointing and hasattr(model, "enable_gradient_checkpointing"):
-        model.enable_gradient_checkpointing()  # type: ignore[operator]
-    model.to(accelerator.device)
-    structure, optimizer = Structure(model), _make_optimizer(_trained(model), config)
-    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
-        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = blocks_of(model)  # accelerate wants all of them
-    wrapped, prepared = accelerator.prepare(model, optimizer)
-    parameters = _trained(model)  # FSDP2 has put others in their places
-    movable = {parameters[name]: mask for name, mask in (masks or {}).items()}
-    outside = MaskedUpdate(optimizer, movable, restore_masked).outside if movable else {}
-    average = {n: p.detach().clone() for n, p in parameters.items()} if config.ema_decay is not None else {}
-    start, history = 0, list[dict[str, float]]()
-    checkpoint = checkpoints.newest(folder) if resume and folder else None
-    if checkpoint is not None:
-        start, history = checkpoints.restore(
-            checkpoint, weights=parameters, optimizer=optimizer, average=average, state=_state_of(objective)
-        )
-    bar = tqdm(
-        range(start, config.steps), desc=description, initial=start, total=config.steps,
-        disable=not accelerator.is_main_process,
     )  # fmt: skip
-    began = time.perf_counter()
-    for step in bar:
-        row = _step(wrapped, prepared, objective, config, accelerator, step, parameters, outside)
-        _move_average(average, parameters, config, step)
-        history.append({**row, "seconds": time.perf_counter() - began})
-        bar.set_postfix(loss=f"{row['loss']:.4f}")
-        if accelerator.trackers:
-            accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
-        due = step + 1 == config.steps or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0)
-        if due:
-            _check_health(wrapped, objective, config, accelerator, step, [*parameters.values(), *average.values()])
-        if due and folder is not None:
-            checkpoints.save(
-                folder, step + 1, identity=run_identity, weights=parameters, optimizer=optimizer, average=average,
-                state=_state_of(objective), history=history, keep=config.keep_checkpoints,
-                write=accelerator.is_main_process,
-            )  # fmt: skip
-        if due and folder is not None and on_checkpoint is not None:
-            on_checkpoint()
-    for name, value in average.items():
-        local(parameters[name]).copy_(local(value))
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # gives the model its own forward back
-    structure.restore()
-    accelerator.wait_for_everyone()
-    if accelerator.trackers:
-        accelerator.end_training()
+    with attention(config.attention, model):
+        run = _Run(model, objective, config, accelerator, masks or {}, restore_masked)
+        checkpoint = checkpoints.newest(folder) if resume and folder else None
+        start, history = run.restore(checkpoint) if checkpoint is not None else (0, list[dict[str, float]]())
+        steps = Track(
+            range(start, config.steps), description, shown=accelerator.is_main_process, start=start,
+            rehearsed=slice(-3, -1),  # late, as an objective may do more then; but it prepares no step after the last
+        )  # fmt: skip
+        began = time.perf_counter()
+        for step in steps:
+            row = run.step(step)
+            history.append({**row, "seconds": time.perf_counter() - began})
+            steps.say(loss=f"{row['loss']:.4f}")
+            if accelerator.trackers:
+                accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
+            if step + 1 == config.steps or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
+                run.check_health(step)
+                if folder is not None:
+                    run.save(folder, step + 1, run_identity, history)
+                    if on_checkpoint is not None:
+                        on_checkpoint()
+        run.finish()
     return history
 
 
@@ -369,7 +303,9 @@ def preflight(
 
     Raises:
         ValueError: If the batch can't be shared equally, there is nothing to train, the trained weights are not
-            float32, or the checkpoint to resume from is of another run.
+            float32, the attention or the optimiser does not work there, or the checkpoint to resume from is of
+            another run.
+        ImportError: If an optional package for them is missing.
         OSError: If the checkpoints would not fit on the disk.
     """
     parameters = _trained(model)
@@ -379,13 +315,17 @@ def preflight(
     if half:
         dtype = parameters[half[0]].dtype
         raise ValueError(f"Trained weights must be float32, {half[0]} is {dtype}; use model.float().")
+    check_attention(config.attention, model, accelerator.device)
+    if config.optimizer in _EIGHT_BIT:
+        _check_eight_bits(accelerator)
     shards = accelerator.num_processes * config.gradient_accumulation_steps
     if batch_size % shards:
         raise ValueError(
             f"A batch of {batch_size} can't be shared equally by {accelerator.num_processes} processes x "
             f"{config.gradient_accumulation_steps} accumulation steps; use a multiple of {shards}."
         )
-    full = json.loads(json.dumps({**(identity or {}), "training": asdict(config), "batch_size": batch_size}))
+    training = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    full = json.loads(json.dumps({**(identity or {}), "training": training, "batch_size": batch_size}))
     if output_dir is not None:
         size = sum(4 * p.numel() for p in parameters.values())
         copies = 3 + (config.ema_decay is not None)  # weights, two moments, average
@@ -393,7 +333,21 @@ def preflight(
         checkpoint = checkpoints.newest(output_dir) if resume else None
         if checkpoint is not None:
             checkpoints.check_same_run(checkpoint, full)
+            earlier = checkpoints.processes_of(checkpoint)
+            if earlier != accelerator.num_processes and accelerator.is_main_process:
+                logger.warning(
+                    f"{checkpoint} is of a run of {earlier} processes, now there are {accelerator.num_processes}: the "
+                    "result will be the same but for rounding."
+                )
     return full
+
+
+def _check_eight_bits(accelerator: Accelerator) -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("An 8-bit optimizer needs bitsandbytes: pip install bitsandbytes.")
+    if accelerator.device.type != "cuda" or accelerator.is_fsdp2:
+        where = "weights that FSDP2 spreads" if accelerator.is_fsdp2 else str(accelerator.device)
+        raise ValueError(f"An 8-bit optimizer works on a CUDA device with whole weights, not on {where}: use 'adam'.")
 
 
 def _state_of(objective: Objective) -> Mapping[str, torch.Tensor]:
@@ -428,7 +382,8 @@ def make_accelerator(config: TrainingConfig, output_dir: str | Path | None = Non
 
 def _spread_on_cpus(accelerator: Accelerator) -> None:
     """Let FSDP2 spread weights over processes without an accelerator too, as its launcher asked: not in accelerate."""
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type == DistributedType.MULTI_CPU:
+    asked = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if asked and accelerator.device.type == "cpu" and accelerator.num_processes > 1:
         AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
         for state in (AcceleratorState, PartialState):
             state._shared_state["distributed_type"] = DistributedType.FSDP
@@ -437,61 +392,138 @@ def _spread_on_cpus(accelerator: Accelerator) -> None:
 
 
 def _make_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    options: dict[str, Any] = {} if config.optimizer == "adam" else {"weight_decay": config.weight_decay}
+    options: dict[str, Any] = {} if config.optimizer in ("adam", "adam8bit") else {"weight_decay": config.weight_decay}
+    if config.optimizer in _EIGHT_BIT:
+        bitsandbytes = importlib.import_module("bitsandbytes")
+        return getattr(bitsandbytes.optim, _EIGHT_BIT[config.optimizer])(
+            list(parameters.values()), lr=config.learning_rate, **options
+        )
     options["fused"] = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
     return _OPTIMIZERS[config.optimizer](list(parameters.values()), lr=config.learning_rate, **options)
 
 
-def _step(
-    model: torch.nn.Module,
-    optimizer: Any,
-    objective: Objective,
-    config: TrainingConfig,
-    accelerator: Accelerator,
-    step: int,
-    parameters: Mapping[str, torch.nn.Parameter],
-    outside: Mapping[torch.nn.Parameter, torch.Tensor],
-) -> dict[str, float]:
-    """One optimiser step over the global batch; the weights do not change if the loss is not finite."""
-    passes = config.gradient_accumulation_steps
-    shards = [
-        Shard(number * accelerator.num_processes + accelerator.process_index, passes * accelerator.num_processes)
-        for number in range(passes)
-    ]
-    surgeon = None
-    if isinstance(objective, SurgicalObjective):
-        surgeon = _Surgeon(model, objective, config, accelerator, list(parameters.values()), outside)
-    sums: dict[str, torch.Tensor] = {}
-    for number, shard in enumerate(shards):
-        apart = number < passes - 1 if surgeon is None else not surgeon.spread
-        with accelerator.no_sync(model) if apart else nullcontext():
-            with accelerator.autocast():
-                terms = objective.losses(model, step, shard)
-            total = torch.stack([term.float() for term in terms.values()]).sum()
-            if surgeon is None:
-                accelerator.backward(total / passes)
-            else:
-                surgeon.add({name: term / passes for name, term in terms.items()})
-        for name, term in {**terms, "loss": total}.items():
-            sums[name] = sums.get(name, 0) + term.detach().float() / passes
-    means = accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist()
-    row = {"step": float(step), **dict(zip(sums, means, strict=True)), "learning_rate": config.learning_rate_at(step)}
-    if not all(math.isfinite(value) for value in means):
-        optimizer.zero_grad()
-        raise _diverged(f"The loss became {row['loss']} at step {step}")
-    limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
-    norm = accelerator.clip_grad_norm_(model.parameters(), limit) if surgeon is None else surgeon.operate(limit)
-    length = 0.0 if norm is None else float(whole(torch.as_tensor(norm)))
-    if config.mixed_precision != "fp16" and not math.isfinite(length):  # fp16's scaler skips these
-        optimizer.zero_grad()
-        raise _diverged(f"The gradient became {length} at step {step}")
-    for group in optimizer.param_groups:
-        group["lr"] = row["learning_rate"]
-    optimizer.step()
-    optimizer.zero_grad()
-    if isinstance(objective, StatefulObjective):
-        objective.after_step(model, step, shards)
-    return row
+class _Run:
+    """A model on its devices, with what changes as it trains.
+
+    Args:
+        model: The network.
+        objective: What to minimise.
+        config: How.
+        accelerator: The process group.
+        masks: Parameter name to `bool` mask.
+        restore_masked: See `MaskedUpdate`.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, objective: Objective, config: TrainingConfig, accelerator: Accelerator,
+        masks: Mapping[str, torch.Tensor], restore_masked: bool,
+    ) -> None:  # fmt: skip
+        self.objective, self.config, self.accelerator = objective, config, accelerator
+        if config.gradient_checkpointing and hasattr(model, "enable_gradient_checkpointing"):
+            model.enable_gradient_checkpointing()  # type: ignore[operator]
+        model.to(accelerator.device)
+        self._structure, self._optimizer = Structure(model), _make_optimizer(_trained(model), config)
+        if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
+            accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = blocks_of(model)  # accelerate wants all
+        self.model, self.optimizer = accelerator.prepare(model, self._optimizer)
+        self.parameters = _trained(model)  # FSDP2 has put others in their places
+        movable = {self.parameters[name]: mask for name, mask in masks.items()}
+        self.outside = MaskedUpdate(self._optimizer, movable, restore_masked).outside if movable else {}
+        keeps = config.ema_decay is not None
+        self.average = {n: p.detach().clone() for n, p in self.parameters.items()} if keeps else {}
+
+    @property
+    def _shards(self) -> list[Shard]:
+        """This process's slices of a batch, one for each pass."""
+        passes, processes = self.config.gradient_accumulation_steps, self.accelerator.num_processes
+        return [Shard(k * processes + self.accelerator.process_index, passes * processes) for k in range(passes)]
+
+    def step(self, step: int) -> dict[str, float]:
+        """Step over the global batch; the weights do not change if the loss is not finite."""
+        config, accelerator, shards = self.config, self.accelerator, self._shards
+        surgeon = _Surgeon(self) if isinstance(self.objective, SurgicalObjective) else None
+        sums: dict[str, torch.Tensor] = {}
+        for number, shard in enumerate(shards):
+            apart = number < len(shards) - 1 if surgeon is None else not surgeon.spread
+            with accelerator.no_sync(self.model) if apart else nullcontext():
+                with accelerator.autocast():
+                    terms = self.objective.losses(self.model, step, shard)
+                total = torch.stack([term.float() for term in terms.values()]).sum()
+                if surgeon is None:
+                    accelerator.backward(total / len(shards))
+                else:
+                    surgeon.add({name: term / len(shards) for name, term in terms.items()})
+            for name, term in {**terms, "loss": total}.items():
+                sums[name] = sums.get(name, 0) + term.detach().float() / len(shards)
+        means = accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist()
+        rate = config.learning_rate_at(step)
+        row = {"step": float(step), **dict(zip(sums, means, strict=True)), "learning_rate": rate}
+        if not all(math.isfinite(value) for value in means):
+            self.optimizer.zero_grad()
+            raise _diverged(f"The loss became {row['loss']} at step {step}")
+        length = self._clip() if surgeon is None else surgeon.operate()
+        if config.mixed_precision != "fp16" and not math.isfinite(length):  # fp16's scaler skips these
+            self.optimizer.zero_grad()
+            raise _diverged(f"The gradient became {length} at step {step}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if isinstance(self.objective, StatefulObjective):
+            self.objective.after_step(self.model, step, shards)
+        self._move_average(step)
+        return row
+
+    def _clip(self) -> float:
+        """Clip the gradient; gives the norm that it had."""
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.largest_norm)
+        return 0.0 if norm is None else float(whole(torch.as_tensor(norm)))
+
+    def _move_average(self, step: int) -> None:
+        """Move the average towards the weights, faster while the run is young."""
+        if self.average:
+            decay = min(self.config.ema_decay or 0.0, (2 + step) / (11 + step))
+            average, weights = (list(locals_of(tensors).values()) for tensors in (self.average, self.parameters))
+            torch._foreach_lerp_(average, weights, 1 - decay)
+
+    @torch.no_grad()
+    def check_health(self, step: int) -> None:
+        """Refuse weights that are about to be saved if an update has ruined them: they or their loss not finite."""
+        with self.accelerator.autocast():
+            terms = self.objective.losses(self.model, step, self._shards[0])
+        total = torch.stack([term.float() for term in terms.values()]).sum()
+        weights = [*self.parameters.values(), *self.average.values()]
+        sound = torch.stack([torch.isfinite(local(weight)).all() for weight in weights]).all()
+        loss, share = self.accelerator.reduce(torch.stack([total, sound.to(total)]), "mean").tolist()
+        if share < 1:
+            raise _diverged(f"The update of step {step} left weights that are NaN or infinite")
+        if not math.isfinite(loss):
+            raise _diverged(f"The weights of step {step} give a loss of {loss}")
+
+    def save(self, folder: Path, steps: int, identity: Mapping[str, Any], history: list[dict[str, float]]) -> None:
+        """Write a checkpoint after so many steps; all processes must call it."""
+        checkpoints.save(
+            folder, steps, identity=identity, weights=self.parameters, optimizer=self._optimizer,
+            average=self.average, state=_state_of(self.objective), history=history, keep=self.config.keep_checkpoints,
+            processes=self.accelerator.num_processes, write=self.accelerator.is_main_process,
+        )  # fmt: skip
+
+    def restore(self, checkpoint: Path) -> tuple[int, list[dict[str, float]]]:
+        """Read a checkpoint; gives the step to go on from, and the history so far."""
+        return checkpoints.restore(
+            checkpoint, weights=self.parameters, optimizer=self._optimizer, average=self.average,
+            state=_state_of(self.objective),
+        )  # fmt: skip
+
+    def finish(self) -> None:
+        """Leave the average, if there is one, in the weights, and the model as it came; all processes must call it."""
+        for name, value in self.average.items():
+            local(self.parameters[name]).copy_(local(value))
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # gives the model its own forward back
+        self._structure.restore()
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.trackers:
+            self.accelerator.end_training()
 
 
 class _Surgeon:
@@ -502,14 +534,12 @@ class _Surgeon:
     processes are put together, so that the objective sees the same there.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, objective: SurgicalObjective, config: TrainingConfig, accelerator: Accelerator,
-        parameters: list[torch.nn.Parameter], outside: Mapping[torch.nn.Parameter, torch.Tensor],
-    ) -> None:  # fmt: skip
-        if config.mixed_precision == "fp16":
+    def __init__(self, run: _Run) -> None:
+        if run.config.mixed_precision == "fp16":
             raise ValueError("Gradient surgery needs true gradients, which mixed_precision='fp16' scales: use bf16.")
-        self.objective, self.accelerator, self.parameters, self.outside = objective, accelerator, parameters, outside
-        self.spread = is_spread(model)
+        self.accelerator, self.parameters, self.outside = run.accelerator, list(run.parameters.values()), run.outside
+        self.objective: Any = run.objective
+        self.limit, self.spread = run.config.largest_norm, is_spread(run.model)
         self.gradients: dict[str, list[torch.Tensor]] = {}
 
     def add(self, terms: Mapping[str, torch.Tensor]) -> None:
@@ -518,7 +548,7 @@ class _Surgeon:
             parts = self._gradient_of(term.float())
             for parameter, part in zip(self.parameters, parts, strict=True):
                 if parameter in self.outside:  # what can't move has no say in the surgery
-                    _zero(local(part), self.outside[parameter])
+                    zero_where(local(part), self.outside[parameter])
             if self.spread:
                 parts = [whole(part) for part in parts]
             earlier = self.gradients.get(name)
@@ -526,47 +556,28 @@ class _Surgeon:
 
     def _gradient_of(self, term: torch.Tensor) -> list[torch.Tensor]:
         """The gradient of this process's share of a batch, or, as FSDP2 gives it, of all shares."""
+        found: Sequence[torch.Tensor | None]
         if not self.spread:
             found = torch.autograd.grad(term, self.parameters, retain_graph=True, allow_unused=True)
         else:
             self.accelerator.backward(term, retain_graph=True)
-            found = tuple(parameter.grad for parameter in self.parameters)
+            found = [parameter.grad for parameter in self.parameters]
             for parameter in self.parameters:
                 parameter.grad = None
         return [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
 
-    def operate(self, limit: float) -> float:
+    def operate(self) -> float:
         """Combine the gradients into `.grad`; gives the norm of the result."""
         for name, parts in self.gradients.items():
             reduced = parts if self.spread else [self.accelerator.reduce(part, "mean") for part in parts]
             norm = torch.nn.utils.get_total_norm(reduced)
-            self.gradients[name] = list(torch._foreach_mul(reduced, (limit / (norm + 1e-6)).clamp(max=1.0).item()))
+            self.gradients[name] = list(
+                torch._foreach_mul(reduced, (self.limit / (norm + 1e-6)).clamp(max=1.0).item())
+            )
         combined = self.objective.combine(self.gradients)
         for parameter, gradient in zip(self.parameters, combined, strict=True):
             parameter.grad = spread_like(gradient, parameter)
         return torch.nn.utils.get_total_norm(combined).item()
-
-
-@torch.no_grad()
-def _check_health(
-    model: torch.nn.Module,
-    objective: Objective,
-    config: TrainingConfig,
-    accelerator: Accelerator,
-    step: int,
-    weights: Sequence[torch.Tensor],
-) -> None:
-    """Refuse weights that are about to be saved if an update has ruined them: they and their loss must be finite."""
-    shards = accelerator.num_processes * config.gradient_accumulation_steps
-    with accelerator.autocast():
-        terms = objective.losses(model, step, Shard(accelerator.process_index, shards))
-    total = torch.stack([term.float() for term in terms.values()]).sum()
-    sound = torch.stack([torch.isfinite(local(weight)).all() for weight in weights]).all()
-    loss, share = accelerator.reduce(torch.stack([total, sound.to(total)]), "mean").tolist()
-    if share < 1:
-        raise _diverged(f"The update of step {step} left weights that are NaN or infinite")
-    if not math.isfinite(loss):
-        raise _diverged(f"The weights of step {step} give a loss of {loss}")
 
 
 def _diverged(what: str) -> NonFiniteLossError:
@@ -574,16 +585,3 @@ def _diverged(what: str) -> NonFiniteLossError:
         f"{what}; stopped, and nothing of it was saved: the last checkpoint, if there is one, is from before. Try a "
         "smaller learning rate, max_grad_norm=1, or mixed_precision='no'."
     )
-
-
-def _move_average(
-    average: Mapping[str, torch.Tensor],
-    parameters: Mapping[str, torch.nn.Parameter],
-    config: TrainingConfig,
-    step: int,
-) -> None:
-    """Move the average towards the weights, faster while the run is young."""
-    if average:
-        decay = min(config.ema_decay or 0.0, (2 + step) / (11 + step))
-        current = locals_of(parameters)
-        torch._foreach_lerp_(list(locals_of(average).values()), list(current.values()), 1 - decay)

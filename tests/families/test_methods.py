@@ -5,7 +5,7 @@ import torch
 
 import sfumato
 from sfumato.families import StableDiffusion, TextFamily, family_of
-from sfumato.unlearning.core import METHODS
+from sfumato.unlearning.methods import METHODS
 
 EXAMPLES = {"forget_examples": 4, "retain_examples": 4, "example_steps": 2, "example_batch_size": 4}
 PAIRS = {"anchor_examples": 4, "retain_examples": 4, "example_steps": 2, "example_batch_size": 4}

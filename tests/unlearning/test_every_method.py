@@ -13,7 +13,7 @@ from sfumato import recipes
 from sfumato.cli import main
 from sfumato.concepts import resolve
 from sfumato.unlearning import job
-from sfumato.unlearning.core import METHODS
+from sfumato.unlearning.methods import METHODS
 
 FEW = {
     "steps": 3, "forget_examples": 4, "retain_examples": 4, "anchor_examples": 4, "example_steps": 2, "batch_size": 4,

@@ -5,7 +5,7 @@ import torch
 
 import sfumato
 from sfumato.unlearning.closed_form import EditConfig, NormalEquations, Pairs, edit_map, gram_of_prompts
-from sfumato.unlearning.core import METHODS
+from sfumato.unlearning.methods import METHODS
 from sfumato.unlearning.rece import RECEConfig, adversary, recoverable, solve
 
 WIDTH = 5

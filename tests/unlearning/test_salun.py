@@ -13,7 +13,7 @@ from sfumato.concepts import Concept
 from sfumato.families import StableDiffusion
 from sfumato.randomness import randint_for, randn_for
 from sfumato.trainer import NonFiniteLossError, Shard, TrainingConfig, make_accelerator, train
-from sfumato.unlearning import core, gradient_ascent, noising, salun
+from sfumato.unlearning import gradient_ascent, noising, run, salun
 from sfumato.unlearning.examples import Examples, PromptTable
 from sfumato.unlearning.noising import noisy_batch
 from sfumato.unlearning.saliency import load_mask, mask_density, top_mask
@@ -302,10 +302,10 @@ def test_half_precision_pipeline_comes_back_in_half_precision(tiny_pipe):
 def test_weights_that_half_precision_can_not_hold_are_not_made_infinite():
     model = torch.nn.Linear(2, 2)
     torch.nn.init.constant_(model.weight, 70_000.0)
-    core._cast(model, torch.bfloat16)
+    run._cast(model, torch.bfloat16)
     assert model.weight.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="weight has a weight of .* beyond what torch.float16 can hold"):
-        core._cast(model, torch.float16)
+        run._cast(model, torch.float16)
 
 
 def test_image_folders_replace_the_model_s_own_pictures(tiny_pipe, tmp_path):
@@ -462,11 +462,11 @@ def test_training_moves_the_concept_towards_its_anchor(family, forget, retain):
 def test_a_resumed_run_keeps_the_mask_that_its_weights_moved_under(tiny_pipe, tmp_path, monkeypatch):
     settings = {**SMALL, "steps": 4, "checkpoint_every": 2, "mask_ratio": 0.5, "verify": False}
     whole = sfumato.unlearn(tiny_pipe, "a sneaker", **settings)
-    cast = core._cast
-    monkeypatch.setattr(core, "_cast", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    cast = run._cast
+    monkeypatch.setattr(run, "_cast", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         sfumato.unlearn(tiny_pipe, "a sneaker", output_dir=tmp_path / "out", **settings)
-    monkeypatch.setattr(core, "_cast", cast)
+    monkeypatch.setattr(run, "_cast", cast)
     monkeypatch.setattr(salun, "saliency_mask", None)  # not made once more
     resumed = sfumato.unlearn(tiny_pipe, "a sneaker", output_dir=tmp_path / "out", resume=True, **settings)
     assert storage.fingerprint(resumed.unet.named_parameters()) == storage.fingerprint(whole.unet.named_parameters())

@@ -5,7 +5,7 @@ import torch
 
 import sfumato
 from sfumato.unlearning.closed_form import Pairs, embedding_pairs, gram_of_prompts
-from sfumato.unlearning.core import METHODS
+from sfumato.unlearning.methods import METHODS
 from sfumato.unlearning.uce import UCEConfig, solve
 
 WIDTH = 6

@@ -34,9 +34,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 
 from sfumato import checkpoints
+from sfumato.progress import Track
 from sfumato.trainer import Shard
 from sfumato.unlearning.concept_ablation import start_token_without_gradient
 from sfumato.unlearning.discriminator import new_adam, patch_discriminator
@@ -156,7 +156,7 @@ class DoCoObjective:
     def warm_up(self, shard: Shard) -> None:
         """Let the discriminator learn on the original model; `shard` is this process's share of each batch."""
         steps = range(self.config.discriminator_warmup)
-        for step in tqdm(steps, desc="discriminator", disable=not self.accelerator.is_main_process):
+        for step in Track(steps, "discriminator", shown=self.accelerator.is_main_process):
             self._train_discriminator(self.teacher, step, [shard], WARMUP_STREAM, leak=False)
 
     def _train_discriminator(

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image, UnidentifiedImageError
-from tqdm.auto import tqdm
 
 from sfumato.families import Conditioning, Family
+from sfumato.progress import Track
 from sfumato.randomness import generator_for
 
 __all__ = ["Examples", "PromptTable", "draw_examples", "read_image_folder", "refuse_same_pictures"]
@@ -104,7 +104,7 @@ def draw_examples(
     mine = range(accelerator.process_index, count, accelerator.num_processes)
     latents = torch.zeros(count, *family.latent_shape, device=family.device)
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    for batch in tqdm(batches, desc=description, disable=not accelerator.is_main_process):
+    for batch in Track(batches, description, shown=accelerator.is_main_process):
         latents[list(batch)] = family.generate(
             [prompts[number % len(prompts)] for number in batch],
             [generator_for(*key, number) for number in batch],
@@ -144,15 +144,14 @@ def read_image_folder(family: Family, folder: str | Path, prompts: Sequence[str]
     if not files:
         raise FileNotFoundError(f"The image folder {folder} has no pictures ({', '.join(IMAGE_SUFFIXES)}).")
     captions = _captions(folder / "metadata.jsonl")
-    means, stds = [], []
-    for start in tqdm(range(0, len(files), batch_size), desc=f"encode {folder.name}"):
+    means, stds = (torch.zeros(len(files), *family.latent_shape) for _ in range(2))
+    for start in Track(range(0, len(files), batch_size), f"encode {folder.name}"):
         pictures = torch.stack([_read_picture(file, family.image_size) for file in files[start : start + batch_size]])
         mean, std = family.encode_images(pictures.to(family.device))
-        means.append(mean.float().cpu())
-        stds.append(std.float().cpu())
+        means[start : start + batch_size], stds[start : start + batch_size] = mean.float().cpu(), std.float().cpu()
     named = (captions.get(file.relative_to(folder).as_posix()) for file in files)
     texts = tuple(text or prompts[number % len(prompts)] for number, text in enumerate(named))
-    return Examples(torch.cat(means), torch.cat(stds), texts)
+    return Examples(means, stds, texts)
 
 
 def refuse_same_pictures(forget: str | Path, retain: str | Path) -> None:

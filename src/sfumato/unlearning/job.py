@@ -6,9 +6,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
+from accelerate.state import PartialState
+
 from sfumato import concepts, loading, recipes
 from sfumato.arguments import make_parser
-from sfumato.unlearning.core import configure, method_named, unlearn
+from sfumato.unlearning.core import rehearse, unlearn
+from sfumato.unlearning.methods import configure, method_named
 
 __all__ = ["JobConfig", "main"]
 
@@ -26,6 +29,7 @@ class JobConfig:
         recipe: A YAML file of settings, or the name of a shipped recipe.
         resume: Continue a run that was cut short.
         verify: Check at the end whether the concept is gone and what happened to its neighbours, and say so.
+        dry_run: Only say what would be trained, and the memory and time that it would take.
     """
 
     forget: list[str] = field(metadata={"nargs": "+"})
@@ -36,6 +40,7 @@ class JobConfig:
     recipe: str | None = None
     resume: bool = False
     verify: bool = True
+    dry_run: bool = False
 
 
 def main(method: str, arguments: Sequence[str] | None = None) -> None:
@@ -58,9 +63,12 @@ def main(method: str, arguments: Sequence[str] | None = None) -> None:
         parser.set_defaults(**recipe.settings)
         job, *configs = parser.parse_args_into_dataclasses(arguments)
         settings = {name: value for config in configs for name, value in asdict(config).items()}
-        unlearn(
-            pipe, job.forget, method, anchor=job.anchor, retain=job.retain, output_dir=job.output, resume=job.resume,
-            recipe=job.recipe, verify=job.verify, **settings,
-        )  # fmt: skip
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        asked = {"anchor": job.anchor, "retain": job.retain, "output_dir": job.output, "recipe": job.recipe}
+        if job.dry_run:
+            plan = rehearse(pipe, job.forget, method, **asked, verify=job.verify, **settings)
+            if PartialState().is_main_process:
+                print(plan)
+        else:
+            unlearn(pipe, job.forget, method, **asked, resume=job.resume, verify=job.verify, **settings)
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         sys.exit(f"error: {error}")

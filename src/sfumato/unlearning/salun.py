@@ -39,9 +39,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from sfumato.families import Family
+from sfumato.progress import Track
 from sfumato.trainer import Shard
 from sfumato.unlearning.examples import Examples, PromptTable
 from sfumato.unlearning.noising import ORDERS, NoisyBatch, noised, noisy_batch, resampled
@@ -166,7 +166,7 @@ def saliency_mask(
     rank, count = accelerator.process_index, accelerator.num_processes
     size = config.batch_size * (1 if sizes else count)  # sizes are of batches that the processes share
     batches = [list(range(i, min(i + size, len(forget))))[rank::count] for i in range(0, len(forget), size)]
-    for index in tqdm(batches, desc="saliency", disable=not accelerator.is_main_process):
+    for index in Track(batches, "saliency", shown=accelerator.is_main_process):
         if index:
             batch = noised(family, forget, np.array(index), [(task.seed, MASK_STREAM, i) for i in index])
             captions = [*batch.captions, *[""] * len(index)]

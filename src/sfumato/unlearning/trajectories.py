@@ -28,11 +28,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from sfumato import storage
 from sfumato.concepts import Concept
 from sfumato.families import Family
+from sfumato.progress import Track
 from sfumato.randomness import generator_for, permuted_indices, randn_for
 from sfumato.unlearning.examples import PromptTable
 from sfumato.unlearning.task import Task, TrainedConfig
@@ -257,7 +257,7 @@ class Walker:
         most = -(-count // accelerator.num_processes)  # a denoiser that is spread must be called by all, equally often
         batches = [list(mine[i : i + size]) for i in range(0, most, size)]
         hidden = description is None or not accelerator.is_main_process
-        for rows in tqdm(batches, desc=description, disable=hidden):
+        for rows in Track(batches, description, shown=not hidden):
             asked = rows or [0]
             found = self._batch(denoiser, [prompts[k] for k in asked], [keys[k] for k in asked], times[asked], teach)
             for name, value in found.items():

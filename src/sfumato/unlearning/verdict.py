@@ -22,7 +22,7 @@ from sfumato.evaluation.unlearning import shows
 from sfumato.families import Family, family_of
 from sfumato.randomness import generator_for, randn_for
 
-__all__ = ["Verdict", "pronounce", "require_known"]
+__all__ = ["Verdict", "can_judge", "pronounce", "require_known"]
 
 STREAM = 901
 PICTURES, STEPS, TIMES = 6, 20, (0.2, 0.5, 0.8)  # of each kind, to draw them with, and shares of the schedule
@@ -137,6 +137,12 @@ def _change(before: Family, after: Family, prompts: Sequence[str], others: Seque
 
 def _predict(family: Family, noisy: torch.Tensor, times: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
     return family.ask(family.denoiser, noisy, times, family.encode_prompts(prompts))
+
+
+def can_judge(pipe: DiffusionPipeline) -> bool:
+    """Whether there is a judge for a model's pictures."""
+    vocabulary = vocabulary_of(pipe)
+    return vocabulary is not None and _judge_of(vocabulary) is not None
 
 
 def _judge_of(vocabulary: Vocabulary) -> Judge | None:

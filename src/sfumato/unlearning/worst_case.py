@@ -42,7 +42,7 @@ from sfumato import concepts
 from sfumato.families import Family, family_of
 from sfumato.randomness import permuted_indices, randint_for, randn_for
 from sfumato.trainer import Shard, TrainingConfig, train
-from sfumato.unlearning import closed_form, core, uce
+from sfumato.unlearning import closed_form, core, methods, uce
 from sfumato.unlearning.examples import PromptTable
 from sfumato.unlearning.residual import DenoisingResidual
 from sfumato.unlearning.uce import UCEConfig
@@ -156,7 +156,7 @@ def worst_case_forget_set(
         pipe: The original model; its weights are not changed.
         candidates: ``n`` phrases, each a concept as `sfumato.unlearn` takes it, such as ``"mosaic sneaker"``.
         m: How many to forget, from 1 to ``n - 1``.
-        unlearner: ``"uce"`` (weighted), ``"sign_descent"``, another name in `sfumato.unlearning.core.METHODS`, or a
+        unlearner: ``"uce"`` (weighted), ``"sign_descent"``, another name in `sfumato.unlearning.methods.METHODS`, or a
             function from weights ``(n,)`` to a pipeline. Methods found by name forget the m of greatest weight.
         scorer: What is left of each candidate, low where there is much. Default: the denoising loss on pictures of
             each, drawn by the original, over the original's own loss on them, since some are merely harder to
@@ -415,7 +415,7 @@ def by_name(
         pipe: The original model.
         candidates: What may be forgotten.
         m: How many are.
-        method: One of `sfumato.unlearning.core.METHODS`.
+        method: One of `sfumato.unlearning.methods.METHODS`.
         anchor: What to show instead of any candidate.
         seed: Seeds the method, if it is random.
         **settings: As `sfumato.unlearn` takes them.
@@ -424,7 +424,7 @@ def by_name(
         ValueError: If the method is unknown, or the default anchor of one candidate is another, so that they can't be
             forgotten together.
     """
-    seeded = any(part.name == "seed" for config in core.method_named(method).configs for part in fields(config))
+    seeded = any(part.name == "seed" for config in methods.method_named(method).configs for part in fields(config))
     chosen_settings: dict[str, Any] = {**({"seed": seed} if seeded else {}), **settings}
     for one, other in combinations(candidates, 2) if m > 1 else ():
         concepts.resolve(pipe, [one.name, other.name], anchor=anchor)

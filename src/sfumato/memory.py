@@ -1,0 +1,58 @@
+"""How much memory a process has used, and what to do when there is not enough of it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from sfumato import checkpoints
+
+__all__ = ["explained", "peak_memory_mb"]
+
+_ON_THE_CPU = ("not enough memory", "can't allocate memory", "cannot allocate memory")
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Give the peak memory of this process so far, in megabytes: the accelerator's if there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    scale = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+
+
+@contextmanager
+def explained(device: torch.device, output_dir: Path | None) -> Iterator[None]:
+    """Say, where memory does not suffice, how much there was, what needs less, and what is kept.
+
+    Args:
+        device: Where the run computes.
+        output_dir: The run's folder, if it has one.
+
+    Raises:
+        MemoryError: In the place of what torch raises, which it names.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        newest = checkpoints.newest(output_dir) if output_dir is not None else None
+        kept = f" {newest} is kept: go on from there with resume." if newest is not None else ""
+        raise MemoryError(
+            f"There is not enough memory on {device}, of which {peak_memory_mb(device):,.0f} MB were in use at the "
+            "most. Less is needed with, in this order: gradient_checkpointing, a larger gradient_accumulation_steps "
+            "(which does not change the result), a smaller example_batch_size, mixed_precision='bf16', "
+            f"adapter_rank=16 or fewer `parameters`, a smaller batch_size.{kept}"
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, on whatever device, could not get memory; on the CPU only its words tell."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error).lower() for words in _ON_THE_CPU)

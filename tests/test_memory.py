@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from sfumato.memory import explained, peak_memory_mb
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_says_what_needs_less_and_what_is_kept(tmp_path, error):
+    (tmp_path / "checkpoints" / "step-00000500").mkdir(parents=True)
+    with pytest.raises(MemoryError, match="not enough memory on cpu") as caught, explained(CPU, tmp_path):
+        raise error
+    assert "gradient_checkpointing" in str(caught.value)
+    assert "step-00000500 is kept: go on from there with resume." in str(caught.value)
+    assert caught.value.__cause__ is error
+
+
+def test_without_a_checkpoint_nothing_is_said_of_one(tmp_path):
+    for folder in (None, tmp_path):
+        with pytest.raises(MemoryError) as caught, explained(CPU, folder):
+            raise torch.OutOfMemoryError("no")
+        assert "kept" not in str(caught.value)
+
+
+def test_other_errors_pass():
+    with pytest.raises(RuntimeError, match="shapes"), explained(CPU, None):
+        raise RuntimeError("shapes differ")
+
+
+def test_an_allocation_that_is_too_large_is_recognised():
+    with pytest.raises(MemoryError, match="not enough memory"), explained(CPU, None):
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def test_peak_memory_grows_with_what_is_held():
+    before = peak_memory_mb(CPU)
+    held = torch.ones(200_000_000, dtype=torch.uint8)
+    assert peak_memory_mb(CPU) >= before
+    assert held.sum() == 200_000_000
