@@ -82,8 +82,8 @@ def launch():
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
     def start(*arguments, processes=1, fsdp=False, wait=True):
-        spread = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
-        kind = ["--cpu"] if processes == 1 else spread if fsdp else ["--multi_gpu"]
+        config = root / "training" / "launch" / ("fsdp2.yaml" if fsdp else "ddp.yaml")
+        kind = ["--config_file", str(config)] if processes > 1 else ["--cpu"]
         command = [
             sys.executable, "-m", "accelerate.commands.launch", *kind, "--num_processes", str(processes),
             "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",

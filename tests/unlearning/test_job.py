@@ -1,12 +1,11 @@
 """The real thing: ``accelerate launch`` of ``training/salun.py`` on atelier, on one process and on two, and killed."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -71,18 +70,22 @@ def two_processes(salun, tmp_path_factory):
     return folder
 
 
+def kill_after_a_checkpoint(process, output):
+    deadline = time.monotonic() + 300
+    while not list((output / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        assert process.poll() is None, "the job ended before it could be killed"
+        time.sleep(0.02)
+    for one in (*psutil.Process(process.pid).children(recursive=True), process):
+        one.kill()  # SIGKILL; a launcher's workers would outlive it
+    process.wait()
+
+
 @pytest.mark.parametrize(("processes", "uninterrupted"), [(1, "one_process"), (2, "two_processes")])
 def test_job_killed_at_any_moment_resumes_to_the_same_bits(salun, request, tmp_path, processes, uninterrupted):
     """Two processes share the weights too (FSDP2): a checkpoint is put together and spread again."""
     expected = weights(request.getfixturevalue(uninterrupted))
     settings = {"processes": processes, "fsdp": processes > 1}
-    process = salun(tmp_path / "out", wait=False, **settings)
-    deadline = time.monotonic() + 300
-    while not list((tmp_path / "out" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
-        assert process.poll() is None, "the job ended before it could be killed"
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_after_a_checkpoint(salun(tmp_path / "out", wait=False, **settings), tmp_path / "out")
     assert not (tmp_path / "out" / "model_index.json").exists()
     refused = salun(tmp_path / "out")
     assert refused.returncode != 0 and "--resume" in refused.stderr
@@ -94,12 +97,7 @@ def test_job_killed_at_any_moment_resumes_to_the_same_bits(salun, request, tmp_p
 
 def test_a_run_of_two_processes_is_finished_by_one(salun, two_processes, tmp_path):
     """Another number of processes only rounds otherwise, which is said; so do more passes."""
-    process = salun(tmp_path / "out", processes=2, fsdp=True, wait=False)
-    while not list((tmp_path / "out" / "checkpoints").glob("step-*")):
-        assert process.poll() is None, "the job ended before it could be killed"
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_after_a_checkpoint(salun(tmp_path / "out", processes=2, fsdp=True, wait=False), tmp_path / "out")
     resumed = salun(tmp_path / "out", "--resume", "True", "--gradient_accumulation_steps", "2")
     assert resumed.returncode == 0, resumed.stderr
     assert "is of a run of 2 processes, now there are 1" in resumed.stderr
