@@ -1,12 +1,15 @@
 """What is trained is the copy's own; all else is the original's, until the run is over."""
 
 import copy
+import json
 
 import pytest
 import torch
 
 import sfumato
+from sfumato import trainer
 from sfumato.delta import fingerprint
+from sfumato.unlearning.methods import METHODS
 from sfumato.unlearning.working_copy import working_copy
 
 
@@ -67,3 +70,38 @@ def test_sharing_changes_no_result(tiny_pipe, method, monkeypatch):
     alone = sfumato.unlearn(tiny_pipe, "sneaker", method, **settings)
     for one, other in zip(shared.unet.parameters(), alone.unet.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("settings", [{}, {"adapter_rank": 2}], ids=["weights", "adapters"])
+def test_what_is_not_trained_stays_in_half_precision(tiny_pipe, settings, monkeypatch):
+    """With autocast to match; what is trained is float32, and a LoRA is made before the result is rounded."""
+    seen = []
+    step = trainer._Run.step
+    monkeypatch.setattr(trainer._Run, "step", lambda run, k: seen.append(run.model) or step(run, k))
+    tiny_pipe.to(torch.bfloat16)
+    before = {name: parameter.clone() for name, parameter in tiny_pipe.unet.named_parameters()}
+    for method in ("esd", "concept_ablation", "gradient_ascent", "doco", "salun"):
+        known = {name for config in METHODS[method].configs for name in config.__dataclass_fields__}
+        own = {
+            "forget_examples": 2, "retain_examples": 2, "anchor_examples": 2, "example_steps": 2, "batch_size": 2,
+            "trajectory_steps": 2, "trajectories_per_prompt": 1, "discriminator_warmup": 1, "mask_ratio": 1.0,
+        }  # fmt: skip
+        result = sfumato.unlearn(
+            tiny_pipe, "a sneaker", method, parameters="xattn-kv", mixed_precision="bf16", steps=2, learning_rate=1e-2,
+            **settings, **{name: value for name, value in own.items() if name in known},
+        )  # fmt: skip
+        trained = {p.dtype for p in seen[-1].parameters() if p.requires_grad}
+        assert trained <= {torch.float32}
+        assert {parameter.dtype for parameter in result.unet.parameters()} == {torch.bfloat16}
+        moved = {n for n, p in result.unet.named_parameters() if not torch.equal(p, before[n])}
+        assert moved and all("attn2.to_k" in name or "attn2.to_v" in name for name in moved)
+
+
+def test_lora_of_a_model_in_half_precision_is_that_of_the_change_before_it_was_rounded(tiny_pipe, tmp_path):
+    settings = {
+        "parameters": "xattn-kv", "steps": 4, "learning_rate": 1e-4, "trajectory_steps": 2, "batch_size": 2,
+        "adapter_rank": 2, "save": ["lora"], "lora_rank": 2, "verify": False,
+    }  # fmt: skip
+    tiny_pipe.to(torch.bfloat16)
+    sfumato.unlearn(tiny_pipe, "a sneaker", "esd", output_dir=tmp_path / "out", mixed_precision="bf16", **settings)
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["saved"]["lora"]["missing"] < 1e-3

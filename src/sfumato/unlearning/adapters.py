@@ -59,11 +59,12 @@ def add_adapters(model: torch.nn.Module, names: Sequence[str], rank: int, seed: 
 
 @torch.no_grad()
 def merge_adapters(model: torch.nn.Module) -> None:
-    """Add the adapters up with the weights, in place, and give every layer its own kind back."""
+    """Add the adapters up with the weights, in place, and give every layer its own kind back, in float32."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, module in adapted:
+        module.get_base_layer().float()  # a sum in half precision would round most of the change away
         module.merge(safe_merge=True)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent) if parent else model, child, module.get_base_layer())

@@ -83,13 +83,13 @@ def unlearn(
     accelerator = make_accelerator(run.training, folder)
     costs = Costs(accelerator, folder, resume=resume, began=began)
     task, history, facts = run.work(accelerator, folder, costs, resume=resume)
-    result = run.result(task)
+    result, lora = run.result(task)
     if verify and accelerator.is_main_process:
         facts = {**facts, **run.check(result)}
     facts = {**facts, **costs.so_far()}
     if folder is not None and accelerator.is_main_process:
         manifest = _manifest(task, method, run.settings(), facts)
-        write_result(pipe, result, folder, run.output, history, manifest)
+        write_result(pipe, result, folder, run.output, history, manifest, lora)
     accelerator.wait_for_everyone()
     return result
 
@@ -136,7 +136,7 @@ def rehearse(
     accelerator = make_accelerator(replace(run.training, log_with=None))
     with rehearsing() as phases:
         task, _, _ = run.work(accelerator, None, None, resume=False)
-    result = run.result(task)
+    result, _ = run.result(task)
     if verify and can_judge(pipe):
         began = time.perf_counter()
         run.check(result)

@@ -108,7 +108,8 @@ def starting_loss(task: Task, forget: Examples, prompts: PromptTable, batch_size
         batch = noisy_batch(
             task.family, forget, batch_size, number, Shard(0, 1), seed=task.seed, stream=START_STREAM
         )  # fmt: skip
-        predicted = task.family.ask(task.model, batch.noisy, batch.timesteps, prompts(batch.captions))
+        with accelerator.autocast():
+            predicted = task.family.ask(task.model, batch.noisy, batch.timesteps, prompts(batch.captions))
         total += F.mse_loss(predicted, batch.target)
     return float(accelerator.reduce(total, "sum")) / batches
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
+import torch
 from accelerate.state import PartialState
 
 from sfumato import concepts, loading, recipes
@@ -24,6 +25,8 @@ class JobConfig:
         forget: What to forget: one phrase or several.
         output: Folder for the result; a finished model in it is never overwritten.
         model: An embedded model, a local folder or a Hub id.
+        dtype: What to load the model in; in half precision, with a `mixed_precision` to match, weights that are not
+            trained stay so.
         anchor: What to show instead of the concept.
         retain: Prompts that must keep their meaning.
         recipe: A YAML file of settings, or the name of a shipped recipe.
@@ -35,6 +38,7 @@ class JobConfig:
     forget: list[str] = field(metadata={"nargs": "+"})
     output: str = field()
     model: str = "atelier"
+    dtype: str = field(default="float32", metadata={"choices": ["float32", "bfloat16", "float16"]})
     anchor: str | None = None
     retain: list[str] | None = field(default=None, metadata={"nargs": "+"})
     recipe: str | None = None
@@ -56,7 +60,7 @@ def main(method: str, arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(JobConfig, *chosen.configs, description=chosen.summary)
     try:
         early = parser.parse_known_args(arguments)[0]
-        pipe = loading.load(early.model)
+        pipe = loading.load(early.model, dtype=getattr(torch, early.dtype))
         concepts.resolve(pipe, early.forget, anchor=early.anchor, retain=early.retain)  # says what is wrong with it
         recipe = recipes.find_recipe(method, pipe, early.forget, early.recipe)
         configure(chosen.configs, recipe.settings)  # says what is wrong with it

@@ -21,7 +21,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from sfumato import concepts, delta, storage
-from sfumato.lora import extract_lora, require_loader, save_lora
+from sfumato.lora import Lora, require_loader, save_lora
 from sfumato.settings import check_types
 
 __all__ = ["FORMATS", "OutputConfig", "check_output", "write_result"]
@@ -74,7 +74,7 @@ def check_output(pipe: DiffusionPipeline, part: torch.nn.Module, config: OutputC
 
 def write_result(
     base: DiffusionPipeline, result: DiffusionPipeline, folder: Path, config: OutputConfig,
-    history: list[dict[str, float]], manifest: Mapping[str, Any],
+    history: list[dict[str, float]], manifest: Mapping[str, Any], lora: Lora | None = None,
 ) -> None:  # fmt: skip
     """Write what was asked for into `folder`, each file whole or not at all.
 
@@ -85,9 +85,10 @@ def write_result(
         config: What to save.
         history: The losses, a row a step.
         manifest: What was done.
+        lora: The LoRA, if one is to be saved.
     """
     with storage.atomic_directory(folder / "result") as partial:
-        saved = _save(base, result, partial, config, manifest)
+        saved = _save(base, result, partial, config, manifest, lora)
         storage.write_text(partial / "history.json", json.dumps(history))
         storage.write_text(partial / "manifest.json", json.dumps({**manifest, "saved": saved}, indent=1))
     last = "model_index.json" if "full" in config.save else "manifest.json"  # it says that all is there
@@ -102,8 +103,9 @@ def write_result(
 
 
 def _save(
-    base: DiffusionPipeline, result: DiffusionPipeline, folder: Path, config: OutputConfig, manifest: Mapping[str, Any]
-) -> dict[str, Any]:
+    base: DiffusionPipeline, result: DiffusionPipeline, folder: Path, config: OutputConfig,
+    manifest: Mapping[str, Any], lora: Lora | None,
+) -> dict[str, Any]:  # fmt: skip
     """Write the formats; gives what the manifest says of each."""
     saved: dict[str, Any] = {}
     if "full" in config.save:
@@ -124,8 +126,7 @@ def _save(
         weights = delta.save_delta(folder / "delta" / "delta.safetensors", base, result, facts)
         shutil.copy(delta.__file__, folder / "delta" / "delta.py")
         saved["delta"] = {"changed_weights": weights}
-    if "lora" in config.save:
-        lora = extract_lora(base, result, config.lora_rank)
+    if lora is not None:
         save_lora(result, lora, folder / "lora")
         saved["lora"] = {"rank": lora.rank, "missing": lora.missing}
     return saved

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from sfumato import concepts, recipes, storage
 from sfumato.concepts import Concept
 from sfumato.families import Family, family_of
+from sfumato.lora import Lora, extract_lora
 from sfumato.memory import explained
 from sfumato.recipes import Recipe
 from sfumato.trainer import TrainingConfig, preflight
@@ -140,7 +141,8 @@ class Run:
         implementation: Any = importlib.import_module(self.method.module)
         names = family.trainable_parameters(config.parameters, config.part)
         changes = {name: getattr(config, name) for name in ("adapter_rank", "prune_ratio") if self.method.trains}
-        with working_copy(self.part, names, seed=training.seed, **changes) as (model, kept):
+        mixed = training.mixed_precision != "no"
+        with working_copy(self.part, names, seed=training.seed, mixed=mixed, **changes) as (model, kept):
             task = Task(
                 family, self.concept, model, sources, training, identity, accelerator, folder, resume, kept=kept,
                 costs=costs,
@@ -163,10 +165,13 @@ class Run:
                 history, facts = implementation.run(task, config)
         return task, history, facts
 
-    def result(self, task: Task) -> DiffusionPipeline:
-        """Give the pipeline with the part that was changed."""
-        _cast(task.model.requires_grad_(False), next(self.part.parameters()).dtype)
-        return self.family.with_parts({self.config.part: task.model})
+    def result(self, task: Task) -> tuple[DiffusionPipeline, Lora | None]:
+        """Give the pipeline with the part that was changed, and its LoRA, if that is to be saved."""
+        result = self.family.with_parts({self.config.part: task.model.requires_grad_(False)})
+        wanted = "lora" in self.output.save
+        lora = extract_lora(self.pipe, result, self.output.lora_rank) if wanted else None  # before it is rounded
+        _cast(task.model, next(self.part.parameters()).dtype)
+        return result, lora
 
     def check(self, result: DiffusionPipeline) -> dict[str, Any]:
         """Say whether the concept is gone; gives the same for the manifest. Never costs the result."""

@@ -22,12 +22,13 @@ __all__ = ["working_copy"]
 
 @contextmanager
 def working_copy(
-    part: torch.nn.Module, names: Sequence[str], *, adapter_rank: int = 0, prune_ratio: float = 0.0, seed: int = 0
-) -> Iterator[tuple[torch.nn.Module, Masks]]:
+    part: torch.nn.Module, names: Sequence[str], *, adapter_rank: int = 0, prune_ratio: float = 0.0, seed: int = 0,
+    mixed: bool = False,
+) -> Iterator[tuple[torch.nn.Module, Masks]]:  # fmt: skip
     """Copy a part of a model for training.
 
-    While the context lasts, the copy shares with the original what is not trained, if that is float32 and nothing is
-    pruned. When it ends, adapters are merged and the copy has all its weights for itself.
+    While the context lasts, the copy shares with the original what is not trained, if nothing is pruned and that is
+    float32, or `mixed`. When it ends, adapters are merged and the copy has all its weights for itself.
 
     Args:
         part: The original, which is not changed.
@@ -35,21 +36,27 @@ def working_copy(
         adapter_rank: Train adapters of this rank in their place, unless it is 0.
         prune_ratio: Share of the weights to set to zero first.
         seed: Seeds the adapters.
+        mixed: Leave what is not trained in the dtype that it has: autocast will fit it to what is.
 
     Yields:
-        The copy, in float32 and evaluation mode, in which the parameters to train require gradients, and masks of what
-        was pruned.
+        The copy, in evaluation mode and float32, what is trained at least, in which the parameters to train require
+        gradients, and masks of what was pruned.
     """
     needed_gradients = {name: parameter.requires_grad for name, parameter in part.named_parameters()}
     own = set() if adapter_rank else set(names)
-    plain = all(parameter.dtype == torch.float32 for parameter in part.parameters())
-    shared = {id(p): p for name, p in part.named_parameters() if name not in own} if plain and not prune_ratio else {}
-    copied = copy.deepcopy(part, dict(shared)).float().eval()
+    fits = mixed or all(parameter.dtype == torch.float32 for parameter in part.parameters())
+    shared = {id(p): p for name, p in part.named_parameters() if name not in own} if fits and not prune_ratio else {}
+    copied = copy.deepcopy(part, dict(shared)).eval()
+    if not shared:
+        copied.float()
     try:
         for name, parameter in copied.named_parameters():
             parameter.requires_grad_(name in own)
         if adapter_rank:
             add_adapters(copied, names, adapter_rank, seed)
+        for parameter in copied.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
         yield copied, prune(copied, prune_ratio)
         for module in copied.modules():
             for name, value in list(module._parameters.items()):
