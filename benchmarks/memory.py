@@ -1,0 +1,217 @@
+"""Compute the memory that training takes on models that do not fit here: ``python benchmarks/memory.py``.
+
+A training step of the real architectures is run on tensors that have shapes but no data, and every storage is counted
+from the operation that makes it until it is let go: weights, gradients, moments, what the backward pass keeps, what is
+passing. Not counted: what libraries take for themselves (a CUDA context and workspaces, about 1 GB), and the gaps that
+an allocator leaves. The same count is compared with the memory that a step really takes on this machine, for a network
+small enough (``--check``).
+"""
+
+import gc
+import json
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from sfumato.arguments import make_parser
+from sfumato.unlearning.adapters import add_adapters
+
+CARD = 24e9
+SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+SDXL = {
+    "sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True,
+    "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20),
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+SMALL = {"sample_size": 32, "block_out_channels": (96, 192, 384, 384), "cross_attention_dim": 768}
+
+
+@dataclass
+class MemoryConfig:
+    """What to compute.
+
+    Attributes:
+        check: Also compare the count with what a step of a small network takes on this machine.
+    """
+
+    check: bool = True
+
+
+class Live(TorchDispatchMode):
+    """Count the bytes of storages from the operation that makes them until they are let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, weakref.finalize] = {}
+
+    def hold(self, *tensors: torch.Tensor) -> None:
+        """Count tensors that are there already."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._known:
+                self.now += storage.nbytes()
+                self._known[key] = weakref.finalize(storage, self._release, key, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+
+    def _release(self, key: int, size: int) -> None:
+        self.now -= size
+        del self._known[key]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and count what it gives."""
+        result = func(*args, **(kwargs or {}))
+        self.hold(*(value for value in tree_iter(result) if isinstance(value, torch.Tensor)))
+        return result
+
+
+def step_of(unet: torch.nn.Module, config: dict[str, Any], batch: int, dtype: torch.dtype) -> Callable[[], None]:
+    """A training step with Adam: a teacher's prediction, the student's, its gradient, an update."""
+    optimizer = torch.optim.Adam([p for p in unet.parameters() if p.requires_grad], lr=1e-5, foreach=False)
+    latents = torch.randn(batch, 4, config["sample_size"], config["sample_size"])
+    text = torch.randn(batch, 77, config["cross_attention_dim"])
+    added = {"text_embeds": torch.randn(batch, 1280), "time_ids": torch.randn(batch, 6)}
+    told = {"added_cond_kwargs": added} if "addition_embed_type" in config else {}
+    times = torch.zeros(batch, dtype=torch.long)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            with torch.no_grad():
+                target = unet(latents, times, text, **told).sample.float()
+            loss = (unet(latents, times, text, **told).sample.float() - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def count(
+    config: dict[str, Any], *, batch: int, dtype: torch.dtype, checkpointing: bool, adapter_rank: int = 0,
+    frozen: torch.dtype = torch.float32, companions: Callable[[], list[torch.nn.Module]] | None = None,
+) -> float:  # fmt: skip
+    """Bytes that two steps take at the most, with the rest of the pipeline on the device."""
+    with torch.device("meta"):
+        torch.set_default_dtype(frozen)
+        unet: Any = UNet2DConditionModel(**config)
+        others = companions() if companions is not None else []
+        torch.set_default_dtype(torch.float32)
+        if adapter_rank:
+            names = [name for name, _ in unet.named_parameters() if "attn" in name]
+            unet.requires_grad_(False)
+            add_adapters(unet, names, adapter_rank, 0)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in (unet, *others):
+            place(module)
+        unet.train()
+        live = Live()
+        live.hold(*unet.parameters(), *(p for module in others for p in module.parameters()))
+        with live:
+            step = step_of(unet, config, batch, dtype)
+            step()
+            step()
+        return live.peak
+
+
+def place(model: torch.nn.Module) -> None:
+    """Put a model that has no place at all where tensors without data are; what is trained is float32."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                dtype = torch.float32 if parameter.requires_grad else parameter.dtype
+                made = torch.empty(parameter.shape, dtype=dtype)
+                module._parameters[name] = torch.nn.Parameter(made, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+
+
+def companions_of_sd15() -> list[torch.nn.Module]:
+    """The text encoder and the autoencoder."""
+    return [CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)), vae()]
+
+
+def companions_of_sdxl() -> list[torch.nn.Module]:
+    """Both text encoders and the autoencoder."""
+    large = CLIPTextConfig(
+        hidden_size=1280, intermediate_size=5120, num_attention_heads=20, num_hidden_layers=32, projection_dim=1280
+    )
+    small = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+    return [CLIPTextModel(small), CLIPTextModelWithProjection(large), vae()]
+
+
+def vae() -> torch.nn.Module:
+    """Stable Diffusion's autoencoder."""
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+
+
+def measured(batch: int) -> float:
+    """Bytes that the same steps of the small network take in a process of its own."""
+    code = (
+        "import resource, torch; torch.set_num_threads(1); import memory as m; "
+        "from diffusers import UNet2DConditionModel; u = UNet2DConditionModel(**m.SMALL).train(); "
+        "s = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; n = sum(p.numel() for p in u.parameters()); "
+        f"b = s() * 1024 - 4 * n; step = m.step_of(u, m.SMALL, {batch}, torch.float32); step(); step(); "
+        "print(s() * 1024 - b)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+    )
+    return float(done.stdout.split()[-1])
+
+
+def main(config: MemoryConfig) -> None:
+    """Print a table, and JSON."""
+    half = torch.bfloat16
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("SD 1.5, all weights, batch 8, float32", {
+            "config": SD15, "batch": 8, "dtype": torch.float32, "checkpointing": False,
+            "companions": companions_of_sd15,
+        }),
+        ("SD 1.5, all weights, batch 8, bf16, checkpointing", {
+            "config": SD15, "batch": 8, "dtype": half, "checkpointing": True, "companions": companions_of_sd15,
+        }),
+        ("SDXL, adapters (rank 16), batch 1, bf16, checkpointing", {
+            "config": SDXL, "batch": 1, "dtype": half, "checkpointing": True, "adapter_rank": 16,
+            "companions": companions_of_sdxl,
+        }),
+        ("SDXL loaded in bf16, adapters (rank 16), batch 1, bf16, checkpointing", {
+            "config": SDXL, "batch": 1, "dtype": half, "checkpointing": True, "adapter_rank": 16, "frozen": half,
+            "companions": companions_of_sdxl,
+        }),
+    ]  # fmt: skip
+    rows = []
+    for name, case in cases:
+        size = count(**case)
+        rows.append({"case": name, "gb": round(size / 1e9, 2), "fits": size < CARD - 1e9})
+        print(f"{name:72} {size / 1e9:5.1f} GB{'' if size < CARD - 1e9 else ', more than 24 GB'}", flush=True)
+        gc.collect()
+    if config.check:
+        counted = count(SMALL, batch=4, dtype=torch.float32, checkpointing=False)
+        taken = measured(4)
+        rows.append({"case": "check", "gb": round(counted / 1e9, 2), "measured_gb": round(taken / 1e9, 2)})
+        print(f"a small network on this CPU: counted {counted / 1e9:.2f} GB, measured {taken / 1e9:.2f} GB")
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(make_parser(MemoryConfig, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()[0])
