@@ -2,8 +2,8 @@
 
 Both get the same gradients, of a UNet of Stable Diffusion 1.5's make, each in a process of its own: the released
 program joins all tensors, sorts them twice for the rank of each weight, and writes masks of 64-bit integers. Extra
-memory is what a process takes beyond the gradients; the masks that it makes are part of it. ``--weights 860`` is SD 1.5
-itself, for which the released way wants more memory than most machines have.
+memory is what a process takes beyond the gradients; the masks that it makes are part of it. ``--weights 860`` is the
+whole size, for which the released way wants more memory than most machines have.
 """
 
 import json
