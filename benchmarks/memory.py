@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from sfumato.arguments import make_parser
 from sfumato.unlearning.adapters import add_adapters
@@ -36,6 +36,7 @@ SDXL = {
     "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20),
     "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
+FLUX = {"guidance_embeds": True, "joint_attention_dim": 4096}
 SMALL = {"sample_size": 32, "block_out_channels": (96, 192, 384, 384), "cross_attention_dim": 768}
 
 
@@ -79,20 +80,34 @@ class Live(TorchDispatchMode):
         return result
 
 
-def step_of(unet: torch.nn.Module, config: dict[str, Any], batch: int, dtype: torch.dtype) -> Callable[[], None]:
-    """A training step with Adam: a teacher's prediction, the student's, its gradient, an update."""
-    optimizer = torch.optim.Adam([p for p in unet.parameters() if p.requires_grad], lr=1e-5, foreach=False)
-    latents = torch.randn(batch, 4, config["sample_size"], config["sample_size"])
-    text = torch.randn(batch, 77, config["cross_attention_dim"])
+def inputs_of(config: dict[str, Any], batch: int) -> dict[str, torch.Tensor | dict[str, torch.Tensor]]:
+    """What a denoiser is given at its native size."""
+    if "joint_attention_dim" in config:  # Flux: 1024x1024 pixels are 64x64 tokens
+        return {
+            "hidden_states": torch.randn(batch, 4096, 64), "img_ids": torch.zeros(4096, 3),
+            "encoder_hidden_states": torch.randn(batch, 512, 4096), "txt_ids": torch.zeros(512, 3),
+            "pooled_projections": torch.randn(batch, 768), "timestep": torch.rand(batch),
+            "guidance": torch.ones(batch),
+        }  # fmt: skip
     added = {"text_embeds": torch.randn(batch, 1280), "time_ids": torch.randn(batch, 6)}
-    told = {"added_cond_kwargs": added} if "addition_embed_type" in config else {}
-    times = torch.zeros(batch, dtype=torch.long)
+    return {
+        "sample": torch.randn(batch, 4, config["sample_size"], config["sample_size"]),
+        "timestep": torch.zeros(batch, dtype=torch.long),
+        "encoder_hidden_states": torch.randn(batch, 77, config["cross_attention_dim"]),
+        **({"added_cond_kwargs": added} if "addition_embed_type" in config else {}),
+    }
+
+
+def step_of(denoiser: torch.nn.Module, config: dict[str, Any], batch: int, dtype: torch.dtype) -> Callable[[], None]:
+    """A training step with Adam: a teacher's prediction, the student's, its gradient, an update."""
+    optimizer = torch.optim.Adam([p for p in denoiser.parameters() if p.requires_grad], lr=1e-5, foreach=False)
+    given = inputs_of(config, batch)
 
     def step() -> None:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             with torch.no_grad():
-                target = unet(latents, times, text, **told).sample.float()
-            loss = (unet(latents, times, text, **told).sample.float() - target).square().mean()
+                target = denoiser(**given).sample.float()
+            loss = (denoiser(**given).sample.float() - target).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -107,23 +122,23 @@ def count(
     """Bytes that two steps take at the most, with the rest of the pipeline on the device."""
     with torch.device("meta"):
         torch.set_default_dtype(frozen)
-        unet: Any = UNet2DConditionModel(**config)
+        denoiser: Any = (FluxTransformer2DModel if "joint_attention_dim" in config else UNet2DConditionModel)(**config)
         others = companions() if companions is not None else []
         torch.set_default_dtype(torch.float32)
         if adapter_rank:
-            names = [name for name, _ in unet.named_parameters() if "attn" in name]
-            unet.requires_grad_(False)
-            add_adapters(unet, names, adapter_rank, 0)
+            names = [name for name, _ in denoiser.named_parameters() if "attn" in name]
+            denoiser.requires_grad_(False)
+            add_adapters(denoiser, names, adapter_rank, 0)
     if checkpointing:
-        unet.enable_gradient_checkpointing()
+        denoiser.enable_gradient_checkpointing()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in (unet, *others):
+        for module in (denoiser, *others):
             place(module)
-        unet.train()
+        denoiser.train()
         live = Live()
-        live.hold(*unet.parameters(), *(p for module in others for p in module.parameters()))
+        live.hold(*denoiser.parameters(), *(p for module in others for p in module.parameters()))
         with live:
-            step = step_of(unet, config, batch, dtype)
+            step = step_of(denoiser, config, batch, dtype)
             step()
             step()
         return live.peak
@@ -154,6 +169,12 @@ def companions_of_sdxl() -> list[torch.nn.Module]:
     )
     small = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
     return [CLIPTextModel(small), CLIPTextModelWithProjection(large), vae()]
+
+
+def companions_of_flux() -> list[torch.nn.Module]:
+    """T5-XXL, CLIP and the autoencoder."""
+    t5 = T5EncoderModel(T5Config(vocab_size=32128, d_model=4096, d_ff=10240, num_layers=24, num_heads=64))
+    return [t5, CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)), vae()]
 
 
 def vae() -> torch.nn.Module:
@@ -197,6 +218,10 @@ def main(config: MemoryConfig) -> None:
         ("SDXL loaded in bf16, adapters (rank 16), batch 1, bf16, checkpointing", {
             "config": SDXL, "batch": 1, "dtype": half, "checkpointing": True, "adapter_rank": 16, "frozen": half,
             "companions": companions_of_sdxl,
+        }),
+        ("Flux.1-dev in bf16, adapters (rank 16), batch 1 a process, checkpointing", {
+            "config": FLUX, "batch": 1, "dtype": half, "checkpointing": True, "adapter_rank": 16, "frozen": half,
+            "companions": companions_of_flux,
         }),
     ]  # fmt: skip
     rows = []

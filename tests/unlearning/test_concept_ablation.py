@@ -71,7 +71,7 @@ def test_velocity_prediction_is_taught_the_velocity(tiny_pipe_v, anchor):
     family = StableDiffusion(tiny_pipe_v)
     ours = objective(family, anchor, objective="noise")
     batch = noisy_batch(family, anchor, 4, 0, Shard(0, 1), seed=0, stream=ANCHOR_STREAM)
-    root = family.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1).float().sqrt()
+    root = family.process.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1).float().sqrt()
     clean = root * batch.noisy - (1 - root**2).sqrt() * batch.target
     noise = (batch.noisy - root * clean) / (1 - root**2).sqrt()
     assert torch.allclose(batch.target, tiny_pipe_v.scheduler.get_velocity(clean, noise, batch.timesteps), atol=1e-4)

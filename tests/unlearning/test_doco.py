@@ -47,7 +47,7 @@ def clean_by_hand(family, batch, prediction):
     """What each kind of prediction says x_0 is."""
     if family.prediction_type == "sample":
         return prediction
-    alpha = family.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1).float()
+    alpha = family.process.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1).float()
     if family.prediction_type == "epsilon":
         return (batch.noisy - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
     return alpha.sqrt() * batch.noisy - (1 - alpha).sqrt() * prediction

@@ -20,7 +20,7 @@ def test_shards_are_slices_of_the_batch(family, forget):
 
 def test_noisy_latents_are_made_of_the_picture_and_the_noise_that_is_the_target(family, forget):
     batch = draw(family, forget)
-    root = family.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1).float().sqrt()
+    root = family.process.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1).float().sqrt()
     clean = (batch.noisy - (1 - root**2).sqrt() * batch.target) / root
     error = (clean - forget.mean[batch.rows]) / 0.1  # the posterior's own noise, of which root tells the error
     assert error.abs().max() < 6 and error.std() > 0.5
@@ -45,7 +45,7 @@ def test_examples_come_in_their_own_order_or_always_from_the_first(family, forge
 def test_resampling_changes_the_posterior_sample_and_neither_noise_nor_time(family, forget):
     batch = draw(family, forget)
     again = resampled(family, forget, batch)
-    root = family.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1).float().sqrt()
+    root = family.process.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1).float().sqrt()
     between = (again - batch.noisy) / root / forget.std[batch.rows]  # the difference of two samples of variance 1
     assert 0.8 < between.std() / 2**0.5 < 1.2
     drawn = type(forget)(forget.mean, torch.zeros_like(forget.std), forget.prompts)

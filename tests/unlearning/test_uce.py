@@ -6,6 +6,7 @@ import torch
 import sfumato
 from sfumato.unlearning.closed_form import Pairs, embedding_pairs, gram_of_prompts
 from sfumato.unlearning.methods import METHODS
+from sfumato.unlearning.result import OutputConfig
 from sfumato.unlearning.uce import UCEConfig, solve
 
 WIDTH = 6
@@ -182,7 +183,7 @@ def test_manifest_says_how_well_the_equations_are_solved(tiny_pipe, tmp_path):
 
 def test_registry_says_that_it_needs_neither_training_nor_pictures():
     assert not METHODS["uce"].trains and not METHODS["uce"].examples
-    assert METHODS["uce"].configs == (UCEConfig,)
+    assert METHODS["uce"].configs == (UCEConfig, OutputConfig)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 import sfumato
 from sfumato import concepts
 from sfumato.families import StableDiffusion
-from sfumato.unlearning import core, verdict
+from sfumato.unlearning import run, verdict
 
 SMALL = {"forget_examples": 4, "retain_examples": 4, "example_steps": 2, "batch_size": 2, "steps": 3}
 
@@ -84,7 +84,7 @@ def test_a_check_that_fails_does_not_cost_the_result(tiny_pipe, tmp_path, capsys
     def fail(*args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(core, "pronounce", fail)
+    monkeypatch.setattr(run, "pronounce", fail)
     sfumato.unlearn(tiny_pipe, "sneaker", "uce", output_dir=tmp_path)
     assert "could not be checked (RuntimeError: out of memory)" in capsys.readouterr().err
     assert "verdict" not in json.loads((tmp_path / "manifest.json").read_text())

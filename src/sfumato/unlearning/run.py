@@ -157,12 +157,13 @@ class Run:
                 )  # fmt: skip
             watched = [family.denoiser, *([model] if config.part == "denoiser" else [])] if costs is not None else []
             counted = costs.counted if costs is not None else torch.zeros((), dtype=torch.int64)
-            with explained(accelerator.device, folder), _counting(counted, *watched):
+            with explained(accelerator.device, folder):
                 self.pipe.to(accelerator.device)
                 model.to(accelerator.device)
                 require_known(family, self.concept)
                 task.read_folders()
-                history, facts = implementation.run(task, config)
+                with _counting(counted, *watched):
+                    history, facts = implementation.run(task, config)
         return task, history, facts
 
     def result(self, task: Task) -> tuple[DiffusionPipeline, Lora | None]:
