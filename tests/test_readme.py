@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import struct
 import subprocess
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from sfumato import families as families_of
+from sfumato.unlearning.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -44,6 +48,17 @@ def test_every_block_is_known_to_this_file():
     assert {language for language, _ in BLOCKS} == {"bash", "python"}
     assert set(COMMANDS) == set(RUNS)
     assert len(PYTHON) == 3
+
+
+def test_table_of_families_is_what_the_registries_say():
+    rows = dict(re.findall(r"^\| `(\w+)` \|((?: [✓–] \|){7})$", README, re.MULTILINE))
+    families = (
+        families_of.StableDiffusion, families_of.StableDiffusionXL, families_of.StableDiffusion3, families_of.Flux,
+        families_of.PixArt, families_of.DiT, families_of.ClassConditionalDDPM,
+    )  # fmt: skip
+    assert set(families) == set(families_of.FAMILIES.values()) and set(rows) == set(METHODS)
+    for name, method in METHODS.items():
+        assert re.findall("[✓–]", rows[name]) == ["✓" if issubclass(one, method.family) else "–" for one in families]
 
 
 def make_demo(line, folder):
@@ -189,6 +204,35 @@ def edits(line, folder):
     assert "infedit" in printed and (folder / "edits.png").exists()
 
 
+def large_model(line, folder):
+    """With a tiny model of random weights in the place of the large one, on one process."""
+    words = shlex.split(line)
+    kind = {"stabilityai/stable-diffusion-xl-base-1.0": "sdxl", "black-forest-labs/FLUX.1-dev": "flux-guided"}
+    name = words[words.index("--model") + 1]
+    built = runpy.run_path(str(ROOT / "tests" / "families" / "conftest.py"))["built"]
+    built(kind[name]).save_pretrained(folder / "model")
+    words[words.index("--model") + 1] = str(folder / "model")
+    script = next(word for word in words if word.endswith(".py"))
+    own = words[words.index(script) + 1 :]
+    few = ["--steps", "2", "--trajectory_steps", "2", "--trajectories_per_prompt", "1", "--lora_rank", "2"]
+    run([sys.executable, str(ROOT / script), *own, *few, "--adapter_rank", "2", "--forget", "sneaker"], folder)
+    assert list((folder / "van-gogh" / "lora").glob("*.safetensors"))
+    assert json.loads((folder / "van-gogh" / "manifest.json").read_text())["settings"]["mixed_precision"] == "bf16"
+    if "--config_file" in words:
+        assert (ROOT / words[words.index("--config_file") + 1]).exists()
+
+
+def memory(line, folder):
+    words = line.split()
+    assert "fits" in run([sys.executable, str(ROOT / words[1]), *words[2:], "--no_check"], folder)
+
+
+def mask(line, folder):
+    words = line.split()
+    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], "--weights", "2"], folder)
+    assert "extra_mb: 1/" in printed
+
+
 RUNS = {
     "python benchmarks/step_time.py --threads 1": step_time,
     'sfumato invert src/sfumato/assets/renders/120-sandal-photo-red.png --prompt "a photo of a red sandal" --exact '
@@ -198,6 +242,9 @@ RUNS = {
     "python benchmarks/edits.py --output edits.png": edits,
     "python benchmarks/samplers.py": compare_samplers,
     "python benchmarks/closed_form.py": closed_form,
+    "python benchmarks/memory.py": memory,
+    "python benchmarks/mask.py": mask,
+    **{line: large_model for line in COMMANDS if "van-gogh" in line},
     "python benchmarks/unlearning.py --output bench-unlearning": compare_methods,
     "python benchmarks/unlearning.py --output bench-several --concepts sneaker+boot --seeds 0,1": compare_several,
     "python benchmarks/unlearning_cost.py --advunlearn_steps 0 --forget_repeats 8 --retain_repeats 2": costs,
@@ -213,12 +260,15 @@ RUNS = {
 
 
 SLOW = [
+    "python benchmarks/memory.py",  # a minute and a half
     "python benchmarks/samplers.py",  # it tries many settings even on few pictures
     "python benchmarks/salun_step.py --model sd15 --steps 2 --rounds 2",  # it needs 10 GB
 ]
 
 
-@pytest.mark.parametrize("line", [pytest.param(line, marks=[pytest.mark.slow] * (line in SLOW)) for line in RUNS])
+@pytest.mark.parametrize(
+    "line", [pytest.param(line, id=line[:90], marks=[pytest.mark.slow] * (line in SLOW)) for line in RUNS]
+)
 def test_command_runs(line, tmp_path):
     RUNS[line](line, tmp_path)
 
