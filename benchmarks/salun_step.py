@@ -15,18 +15,15 @@ would not fit beside.
 """
 
 import copy
-import itertools
 import json
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from timing import step_times
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import sfumato
@@ -155,17 +152,6 @@ class Released:
         for name, parameter in self.model.named_parameters():
             parameter.grad *= self.mask[name]
         self.optimizer.step()
-
-
-def step_times(call: Callable[[], Any]) -> list[float]:
-    """Seconds from the end of one optimiser step to the end of the next, of what is called, but for the first two."""
-    ends: list[float] = []
-    handle = register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
-    try:
-        call()
-    finally:
-        handle.remove()
-    return [end - begin for begin, end in itertools.pairwise(ends)][1:]
 
 
 def own_steps(case: Case, steps: int) -> list[float]:

@@ -146,3 +146,29 @@ def test_truncated_weights_are_named_before_anything_is_built(folder):
     weights.write_bytes(weights.read_bytes()[:100_000])
     with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors is corrupt or cut short"):
         sfumato.load(folder)
+
+
+def test_a_download_that_breaks_off_is_to_be_started_again(monkeypatch):
+    class ReadTimeout(Exception):
+        pass
+
+    def fail(*_, **__):
+        try:
+            raise ReadTimeout("no more bytes")
+        except ReadTimeout as error:
+            raise OSError("can't load the files") from error
+
+    monkeypatch.setattr("sfumato.loading.DiffusionPipeline.from_pretrained", fail)
+    with pytest.raises(
+        ConnectionError, match="was interrupted .* goes on where it stopped"
+    ):
+        sfumato.load("someone/model")
+
+
+def test_other_failures_of_a_download_are_those_of_the_name(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("404")
+
+    monkeypatch.setattr("sfumato.loading.DiffusionPipeline.from_pretrained", fail)
+    with pytest.raises(FileNotFoundError, match="'atelie' is neither .* Did you mean 'atelier'"):
+        sfumato.load("atelie")

@@ -324,3 +324,12 @@ def test_zeroing_by_bits_is_masked_fill(shape):
     expected = transposed.masked_fill(mask, 0)
     zero_where(transposed, mask)
     assert torch.equal(transposed, expected)
+
+
+def test_more_processes_than_devices_are_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    with pytest.raises(ValueError, match="has 2 CUDA devices, fewer than the 4 processes .* --num_processes 2"):
+        make_accelerator(TrainingConfig())

@@ -21,6 +21,11 @@ __all__ = ["EMBEDDED", "assets_folder", "load"]
 
 EMBEDDED = ("atelier", "atelier-pixel")
 
+_INTERRUPTED = {
+    "ChunkedEncodingError", "IncompleteRead", "IncompleteSnapshotError", "ProtocolError", "ReadError", "ReadTimeout",
+    "ReadTimeoutError", "RemoteProtocolError",
+}  # fmt: skip
+
 _NEEDED_KEYS = {"model_index.json": "_class_name", "tokenizer.json": "model"}
 _WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors")
 
@@ -42,7 +47,8 @@ def load(pretrained_model_name_or_path: str | Path = "atelier", **kwargs: Any) -
         The pipeline, on the CPU.
 
     Raises:
-        FileNotFoundError: If it looks like a local folder and is none, or the Hub can't be reached.
+        FileNotFoundError: If it looks like a local folder and is none, or the Hub does not have it.
+        ConnectionError: If a download was interrupted.
         ValueError: If a file in the folder is damaged, or the weights of a part are those of another.
     """
     name = str(pretrained_model_name_or_path)
@@ -60,13 +66,29 @@ def load(pretrained_model_name_or_path: str | Path = "atelier", **kwargs: Any) -
         raise FileNotFoundError(f"There is no model folder {name}.")
     try:
         return DiffusionPipeline.from_pretrained(name, **kwargs)
-    except OSError as error:
+    except Exception as error:
+        if _is_interrupted(error):
+            raise ConnectionError(
+                f"The download of {name!r} was interrupted ({type(error).__name__}: {error}); run the same again, it "
+                "goes on where it stopped."
+            ) from error
+        if not isinstance(error, OSError):
+            raise
         close = difflib.get_close_matches(name, EMBEDDED, n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise FileNotFoundError(
             f"{name!r} is neither an embedded model ({', '.join(EMBEDDED)}), nor a folder here, nor could it be had "
             f"from the Hub. {hint}({error})"
         ) from error
+
+
+def _is_interrupted(error: BaseException | None) -> bool:
+    """Whether a download broke off, by the names that the libraries which may carry it have for that."""
+    while error is not None:
+        if type(error).__name__ in _INTERRUPTED:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _load_folder(folder: Path, pipeline_class: Any, kwargs: Mapping[str, Any]) -> DiffusionPipeline:

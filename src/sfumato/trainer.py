@@ -367,9 +367,14 @@ def make_accelerator(config: TrainingConfig, output_dir: str | Path | None = Non
 
     Returns:
         The accelerator, with its trackers started.
+
+    Raises:
+        ValueError: If there are more processes than accelerators, trackers have nowhere to write, or the launcher asks
+            for FSDP in its first version.
     """
     if config.log_with and output_dir is None:
         raise ValueError(f"log_with={config.log_with!r} needs an output folder for its logs.")
+    _check_devices()
     AcceleratorState._reset_state()  # else the precision of an earlier call in this process could not be left
     project = ProjectConfiguration(logging_dir=str(Path(output_dir) / "logs")) if output_dir else None
     accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.log_with, project_config=project)
@@ -378,6 +383,16 @@ def make_accelerator(config: TrainingConfig, output_dir: str | Path | None = Non
         plain = {k: v for k, v in asdict(config).items() if isinstance(v, int | float | str | bool)}
         accelerator.init_trackers("sfumato", config=plain)
     return accelerator
+
+
+def _check_devices() -> None:
+    """Refuse more processes than there are accelerators, of which CUDA would only say that a number is invalid."""
+    here, place = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if here and place >= here and os.environ.get("ACCELERATE_USE_CPU") != "true":
+        raise ValueError(
+            f"This machine has {here} CUDA devices, fewer than the {os.environ.get('LOCAL_WORLD_SIZE', place + 1)} "
+            f"processes that were started on it: launch with --num_processes {here}, or with another config."
+        )
 
 
 def _spread_on_cpus(accelerator: Accelerator) -> None:
