@@ -159,9 +159,7 @@ def test_a_download_that_breaks_off_is_to_be_started_again(monkeypatch):
             raise OSError("can't load the files") from error
 
     monkeypatch.setattr("sfumato.loading.DiffusionPipeline.from_pretrained", fail)
-    with pytest.raises(
-        ConnectionError, match="was interrupted .* goes on where it stopped"
-    ):
+    with pytest.raises(ConnectionError, match="was interrupted .* goes on where it stopped"):
         sfumato.load("someone/model")
 
 
