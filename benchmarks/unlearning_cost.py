@@ -237,7 +237,7 @@ def compare(method: str, config: CostConfig) -> list[dict[str, Any]]:
     settings = {**recipes.find_recipe(method, pipe, config.concept).settings, "seed": config.seed}
     if config.steps:
         settings["steps"] = config.steps
-    own, training = (
+    own, training, _ = (
         cls(**{name: settings[name] for name in cls.__dataclass_fields__ if name in settings})
         for cls in method_named(method).configs
     )

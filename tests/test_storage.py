@@ -135,3 +135,20 @@ def test_a_link_that_leads_nowhere_is_refused_before_the_work(tmp_path):
     (tmp_path / "out").symlink_to(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match="it is a link to .*gone, which is not there"):
         storage.check_output_dir(tmp_path / "out")
+
+
+def test_a_claimed_folder_is_left_as_it_was(tmp_path):
+    with pytest.raises(KeyError), storage.claimed(tmp_path / "out"):
+        assert (tmp_path / "out").is_dir()
+        with pytest.raises(FileExistsError, match="Another run is writing into"), storage.claimed(tmp_path / "out"):
+            raise AssertionError
+        raise KeyError
+    assert not (tmp_path / "out").exists()
+    with storage.claimed(tmp_path / "out"):
+        (tmp_path / "out" / "examples").mkdir()
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["examples"]
+    (tmp_path / "out" / "model_index.json").touch()
+    with pytest.raises(FileExistsError, match="finished model"), storage.claimed(tmp_path / "out"):
+        raise AssertionError
+    with storage.claimed(None):
+        pass

@@ -191,3 +191,32 @@ def test_resuming_without_the_state_would_give_another_result(tmp_path):
         train(linear(), Forgetful(die_at=10), CONFIG, output_dir=tmp_path)
     train(resumed, Forgetful(), CONFIG, output_dir=tmp_path, resume=True)
     assert not torch.equal(whole.weight, resumed.weight)
+
+
+class Convolution:
+    """A convolution on small maps, whose gradient the CPU gives channels last, and whose terms do not conflict."""
+
+    batch_size = 2
+
+    def losses(self, model, step, shard):
+        pictures = torch.linspace(-1, 1, 2 * 8 * 4 * 4).view(2, 8, 4, 4).sin()
+        return {"near": model(pictures).square().mean(), "far": (model(pictures) - 1).square().mean()}
+
+
+class OperatedConvolution(Convolution):
+    def combine(self, gradients):
+        return [
+            (near + far).contiguous(memory_format=torch.channels_last) if near.ndim == 4 else near + far
+            for near, far in zip(gradients["near"], gradients["far"], strict=True)
+        ]
+
+
+def test_operated_gradients_are_laid_out_as_their_weights():
+    """Fused optimisers on the CPU go through memory, whatever the strides."""
+    trained = []
+    for objective in (Convolution(), OperatedConvolution()):
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(8, 8, 3)
+        train(model, objective, TrainingConfig(steps=3, learning_rate=0.05))
+        trained.append(model.weight.detach())
+    assert torch.allclose(*trained, atol=1e-5)

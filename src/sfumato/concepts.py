@@ -267,6 +267,26 @@ def refuse_contradictions(phrases: Sequence[str], anchor: str | None, retain: Se
                 raise ValueError(f"{prompt!r} is to be retained but names {phrase!r}, which is to be forgotten.")
 
 
+def refuse_captions(vocabulary: Vocabulary | None, phrases: Sequence[str], captions: Sequence[str]) -> None:
+    """Refuse, with a ValueError, captions to retain that name a phrase to be forgotten, in whatever words.
+
+    Args:
+        vocabulary: The model's, if it has one: it knows synonyms and the order of words does not matter to it.
+        phrases: What is to be forgotten.
+        captions: Of pictures to retain; those that the vocabulary can't read are compared word by word.
+    """
+    refuse_contradictions(phrases, None, captions)
+    for caption in captions if vocabulary is not None else ():
+        assert vocabulary is not None
+        try:
+            shown = vocabulary.parse(caption)
+        except ValueError:
+            continue
+        for phrase in phrases:
+            if vocabulary.parse(phrase).items() <= shown.items():
+                raise ValueError(f"{caption!r} is to be retained but shows {phrase!r}, which is to be forgotten.")
+
+
 def kind_of(vocabulary: Vocabulary, forget: str | Sequence[str]) -> str:
     """Tell which of `KINDS` a concept of a vocabulary is: that of the first domain named; several at once are global.
 

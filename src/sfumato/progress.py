@@ -21,7 +21,7 @@ class Phase(NamedTuple):
     Attributes:
         name: Its label.
         passes: Of the whole loop.
-        seconds: Of the whole loop, as the last pass that was rehearsed took.
+        seconds: Of the whole loop, if all passes take as long as the last that was rehearsed.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Track(Generic[T]):
 
     def __init__(
         self, items: Sequence[T], description: str | None, *, shown: bool = True, start: int = 0,
-        rehearsed: slice = slice(-1, None),
+        rehearsed: slice = slice(0, 1),
     ) -> None:  # fmt: skip
         self._items, self._name, self._rehearsed = items, description or "", rehearsed
         self._bar: Any = tqdm(desc=description, disable=not shown, initial=start, total=start + len(items))

@@ -27,11 +27,13 @@ class Recipe:
 
     Attributes:
         settings: Setting to value.
+        name: Where they come from; empty if there is no recipe.
         expected: Figure (``ua``, ``ira``, ``cra``) to the range in which it is expected, in percent.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     expected: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    name: str = ""
 
 
 def find_recipe(
@@ -83,7 +85,8 @@ def read_recipe(path: str | Path, method: str) -> Recipe:
     named = settings.pop("method", method)
     if named != method:
         raise ValueError(f"{path} is a recipe for {named}, not for {method}.")
-    return Recipe(settings, _ranges(path, settings.pop("expected", {})))
+    expected = _ranges(path, settings.pop("expected", {}))
+    return Recipe(settings, expected, Path(path).stem)
 
 
 def _ranges(path: str | Path, stated: Any) -> dict[str, tuple[float, float]]:

@@ -86,8 +86,8 @@ def named_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 class Structure:
     """What modules are made of, to give a model back its own once its weights need no longer be spread.
 
-    FSDP2 changes the classes, the parameters and the hooks of a model in place, and activation checkpointing by
-    accelerate its modules; there is no public way back.
+    FSDP2 changes the classes, the parameters, the hooks and the attributes of a model in place, activation
+    checkpointing by accelerate its modules, and autocast its forward; there is no public way back.
 
     Args:
         model: The network, before accelerate prepares it.
@@ -95,14 +95,20 @@ class Structure:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._modules = [
-            (module, type(module), dict(module._modules), {name: set(hooks) for name, hooks in _hooks(module)})
+            (
+                module,
+                type(module),
+                dict(module._modules),
+                {n: set(hooks) for n, hooks in _hooks(module)},
+                set(vars(module)),
+            )
             for module in model.modules()
         ]
 
     def restore(self) -> None:
         """Put spread weights together, in place, and undo the rest; all processes must call it."""
         reshard(self._modules[0][0])
-        for module, kind, children, hooks in self._modules:
+        for module, kind, children, hooks, attributes in self._modules:
             if type(module) is not kind:
                 module.__class__ = kind
             module._modules.update(children)
@@ -112,6 +118,8 @@ class Structure:
             for name, present in _hooks(module):
                 for key in [key for key in present if key not in hooks[name]]:
                     del present[key]
+            for name in set(vars(module)) - attributes:  # the state of FSDP2, which can't be copied, and a forward
+                delattr(module, name)
 
 
 def _hooks(module: torch.nn.Module) -> list[tuple[str, dict[int, object]]]:

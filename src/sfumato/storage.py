@@ -6,12 +6,13 @@ that looks finished but is not. Tensors are stored as safetensors only; nothing 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ __all__ = [
     "write_text",
 ]
 
+LOCK_FILE = ".running"
 JOB_FILES = frozenset({"checkpoints", "examples", "logs", "result", "saliency_mask.safetensors"})
 """What an unfinished job leaves in its output folder."""
 
@@ -258,7 +260,7 @@ def check_output_dir(path: str | Path, *, resume: bool = False) -> Path:
     in_place = (path / "manifest.json").exists() and not (path / "result").exists()
     if in_place or (path / "model_index.json").exists():
         raise FileExistsError(f"{path} already holds a finished model. Choose another output folder or move it away.")
-    present = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    present = {entry.name for entry in path.iterdir()} - {LOCK_FILE} if path.is_dir() else set()
     foreign = {name for name in present if name not in JOB_FILES and not name.endswith((".partial", ".retired"))}
     if foreign and not (resume and "result" in present):  # killed while the finished result was being put in place
         raise FileExistsError(
@@ -267,6 +269,36 @@ def check_output_dir(path: str | Path, *, resume: bool = False) -> Path:
     if present and not resume:
         raise FileExistsError(f"{path} holds an unfinished run. Continue it with --resume, or choose another folder.")
     return path
+
+
+@contextmanager
+def claimed(path: Path | None, *, resume: bool = False) -> Iterator[None]:
+    """Keep other runs out of an output folder, for as long as the context lasts or this process lives.
+
+    Args:
+        path: The folder, which is made if need be, and removed again if nothing was written into it; None claims none.
+        resume: As for `check_output_dir`, which is asked once more: another run may just have ended there.
+
+    Raises:
+        FileExistsError: If another run is writing into it, or has finished there.
+    """
+    if path is None:
+        yield
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    lock = path / LOCK_FILE
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(f"Another run is writing into {path}. Choose another output folder.") from error
+        try:
+            check_output_dir(path, resume=resume)
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # unless it is empty
+                path.rmdir()
 
 
 def check_disk_space(path: str | Path, needed: int) -> None:

@@ -26,6 +26,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration
 
 from sfumato import checkpoints, storage
@@ -374,6 +375,8 @@ def make_accelerator(config: TrainingConfig, output_dir: str | Path | None = Non
     """
     if config.log_with and output_dir is None:
         raise ValueError(f"log_with={config.log_with!r} needs an output folder for its logs.")
+    if config.log_with and config.log_with not in {str(tracker) for tracker in get_available_trackers()}:
+        raise ImportError(f"log_with={config.log_with!r} needs a package that is not installed, or is no tracker.")
     _check_devices()
     AcceleratorState._reset_state()  # else the precision of an earlier call in this process could not be left
     project = ProjectConfiguration(logging_dir=str(Path(output_dir) / "logs")) if output_dir else None
@@ -406,14 +409,17 @@ def _spread_on_cpus(accelerator: Accelerator) -> None:
         raise ValueError("Weights are spread by FSDP2 only: set fsdp_version: 2 in accelerate's config.")
 
 
-def _make_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+def _make_optimizer(
+    parameters: Mapping[str, torch.nn.Parameter], config: TrainingConfig, *, spread: bool
+) -> torch.optim.Optimizer:
     options: dict[str, Any] = {} if config.optimizer in ("adam", "adam8bit") else {"weight_decay": config.weight_decay}
     if config.optimizer in _EIGHT_BIT:
         bitsandbytes = importlib.import_module("bitsandbytes")
         return getattr(bitsandbytes.optim, _EIGHT_BIT[config.optimizer])(
             list(parameters.values()), lr=config.learning_rate, **options
         )
-    options["fused"] = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
+    fits = not (spread and config.optimizer == "sgd")  # torch has no fused SGD for weights that are spread
+    options["fused"] = fits and all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
     return _OPTIMIZERS[config.optimizer](list(parameters.values()), lr=config.learning_rate, **options)
 
 
@@ -437,7 +443,8 @@ class _Run:
         if config.gradient_checkpointing and hasattr(model, "enable_gradient_checkpointing"):
             model.enable_gradient_checkpointing()  # type: ignore[operator]
         model.to(accelerator.device)
-        self._structure, self._optimizer = Structure(model), _make_optimizer(_trained(model), config)
+        self._structure = Structure(model)
+        self._optimizer = _make_optimizer(_trained(model), config, spread=accelerator.is_fsdp2)
         if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
             accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = blocks_of(model)  # accelerate wants all
         self.model, self.optimizer = accelerator.prepare(model, self._optimizer)
@@ -490,7 +497,10 @@ class _Run:
         return row
 
     def _clip(self) -> float:
-        """Clip the gradient; gives the norm that it had."""
+        """Clip the gradient of what may move; gives the norm that it had."""
+        for parameter, outside in self.outside.items():
+            if parameter.grad is not None:
+                zero_where(local(parameter.grad), outside)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.largest_norm)
         return 0.0 if norm is None else float(whole(torch.as_tensor(norm)))
 
@@ -591,7 +601,9 @@ class _Surgeon:
             )
         combined = self.objective.combine(self.gradients)
         for parameter, gradient in zip(self.parameters, combined, strict=True):
-            parameter.grad = spread_like(gradient, parameter)
+            # laid out as its weight is: fused optimisers on the CPU go through memory, whatever the strides
+            parameter.grad = torch.empty_like(parameter)
+            local(parameter.grad).copy_(local(spread_like(gradient, parameter)))
         return torch.nn.utils.get_total_norm(combined).item()
 
 

@@ -1,5 +1,9 @@
 """Every method on every family that it is defined for, and a clear sentence where it is not."""
 
+import copy
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -73,3 +77,27 @@ def test_result_says_what_became_of_the_concept(pipe, capsys):
     settings = {**SETTINGS["esd"], "steps": 1}
     sfumato.unlearn(pipe, forget, "esd", **settings)
     assert forget in capsys.readouterr().err
+
+
+def test_dit_keeps_the_names_of_its_classes(tmp_path):
+    from diffusers import DiffusionPipeline
+
+    pipe = runpy.run_path(str(Path(__file__).with_name("conftest.py")))["KINDS"]["dit"]()
+    pipe.labels = {"goldfish": 1, "tench": 0, "Tinca tinca": 0}
+    result = unlearned(pipe, "esd", output_dir=tmp_path / "out")
+    assert result.labels == pipe.labels
+    assert DiffusionPipeline.from_pretrained(tmp_path / "out").labels == pipe.labels
+
+
+def test_every_weight_of_the_text_encoders_that_is_trained_has_a_gradient(pipe):
+    """Or several processes would wait for it."""
+    family = family_of(pipe)
+    if not isinstance(family, StableDiffusion):
+        pytest.skip("no text encoders to train")
+    encoder = copy.deepcopy(family.parts["text_encoder"]).requires_grad_(True)
+    tokens, _ = family.tokenize(["a sneaker"])
+    told = family.encode_embeddings(encoder, tokens, family.embed_tokens(tokens))
+    sum(values.square().sum() for values in told.values()).backward()
+    parameters = dict(encoder.named_parameters())
+    names = family.trainable_parameters("full", "text_encoder")
+    assert names and all(parameters[name].grad is not None for name in names)

@@ -1,5 +1,6 @@
 """Several runs one after the other in one group of processes, for test_processes.py: ``process_jobs.py FOLDER``."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ RUNS = {
     "salun-adapters": ("salun", {"mask_ratio": 1.0, "adapter_rank": 4}),
     "salun-zero-mask": ("salun", {"mask_ratio": 0.0, "optimizer": "adamw", "weight_decay": 0.5}),
     "esd": ("esd", {}),
+    "esd-sgd": ("esd", {"optimizer": "sgd", "learning_rate": 1e-2}),
     "esd-trained": ("esd", {"trajectories": "trained", "refresh_every": 2}),
     "advunlearn": ("advunlearn", {}),
     "advunlearn-denoiser": ("advunlearn", {"train": "denoiser", "parameters": "xattn"}),
@@ -45,7 +47,12 @@ def main(folder: Path) -> None:
         trainer._Run.step = watched
         known = {field for cls in METHODS[method].configs for field in cls.__dataclass_fields__} | {"verify"}
         small = {key: value for key, value in SMALL.items() if key in known}
-        sfumato.unlearn(sfumato.load("atelier"), "sneaker", method, output_dir=folder / name, **{**small, **settings})
+        pipe = sfumato.load("atelier")
+        result = sfumato.unlearn(pipe, "sneaker", method, output_dir=folder / name, **{**small, **settings})
+        for before, after in ((pipe.unet, result.unet), (pipe.text_encoder, result.text_encoder)):
+            copy.deepcopy(after)  # it is a model like any other
+            pairs = zip(before.modules(), after.modules(), strict=True)
+            assert all(type(a) is type(b) and set(vars(b)) <= set(vars(a)) for a, b in pairs)
     (folder / "spread.json").write_text(json.dumps(seen))
 
 

@@ -140,3 +140,19 @@ def test_bad_command_line_gets_one_sentence(tmp_path, arguments, message):
     assert done.returncode == 1
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_into_one_folder_do_not_overwrite_each_other(tmp_path):
+    """Closed forms write nothing until they are done, so that both pass the first check."""
+    command = [sys.executable, "-m", "sfumato.training.uce", "--output", str(tmp_path / "out"), "--no_verify"]
+    runs = [
+        subprocess.Popen([*command, "--forget", word], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        for word in ("sneaker", "bag")
+    ]
+    said = [run.communicate(timeout=200)[1] for run in runs]
+    assert sorted(run.returncode for run in runs) == [0, 1]
+    word, other = ("sneaker", "bag") if runs[0].returncode == 0 else ("bag", "sneaker")
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["forget"] == word
+    refused = said[("sneaker", "bag").index(other)]
+    assert "Another run is writing into" in refused or "already holds a finished model" in refused
+    assert not (tmp_path / "out" / ".running").exists()

@@ -11,7 +11,7 @@ from sfumato.unlearning.saliency import load_mask
 
 JOBS = "tests/unlearning/process_jobs.py"
 RUNS = (
-    "salun", "salun-average", "salun-adapters", "salun-zero-mask", "esd", "esd-trained", "advunlearn",
+    "salun", "salun-average", "salun-adapters", "salun-zero-mask", "esd", "esd-sgd", "esd-trained", "advunlearn",
     "advunlearn-denoiser", "doco", "concept_ablation", "proximal", "gradient_ascent",
 )  # fmt: skip
 

@@ -87,3 +87,16 @@ def test_what_can_not_be_saved_is_refused_at_once(tiny_pipe, tmp_path, settings,
     with pytest.raises(ValueError, match=message):
         sfumato.unlearn(tiny_pipe, "sneaker", output_dir=tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_changes_nothing_still_leaves_its_model(tiny_pipe, tmp_path):
+    settings = {
+        "forget_examples": 2, "retain_examples": 2, "example_steps": 1, "batch_size": 2, "steps": 1, "verify": False,
+        "mask_ratio": 0.0,
+    }  # fmt: skip
+    sfumato.unlearn(
+        tiny_pipe, "a sneaker", output_dir=tmp_path / "out", save=["full", "delta", "lora"], lora_rank=2, **settings
+    )
+    saved = json.loads((tmp_path / "out" / "manifest.json").read_text())["saved"]
+    assert saved == {"full": {}, "delta": None, "lora": None}
+    assert (tmp_path / "out" / "model_index.json").exists() and not (tmp_path / "out" / "delta").exists()

@@ -479,3 +479,58 @@ def test_mask_that_is_empty_leaves_a_manifest_that_is_json(tiny_pipe, tmp_path):
         raise ValueError(constant)
 
     assert json.loads((tmp_path / "out" / "manifest.json").read_text(), parse_constant=refuse)["mask_density"] == 0
+
+
+def test_masks_pictures_and_checkpoints_are_of_the_whole_model(tiny_pipe, tmp_path, monkeypatch):
+    """Another text encoder draws other pictures and gives other gradients, whatever the denoiser."""
+    settings = {**SMALL, "steps": 4, "checkpoint_every": 2, "mask_ratio": 0.5, "verify": False}
+    sfumato.unlearn(tiny_pipe, "a sneaker", output_dir=tmp_path / "first", **settings)
+    other = copy.deepcopy(tiny_pipe)
+    with torch.no_grad():
+        next(other.text_encoder.parameters()).add_(0.1)
+    mask = str(tmp_path / "first" / "saliency_mask.safetensors")
+    with pytest.raises(ValueError, match="computed for another base model"):
+        sfumato.unlearn(other, "a sneaker", mask_path=mask, **settings)
+    monkeypatch.setattr(run, "_cast", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        sfumato.unlearn(tiny_pipe, "a sneaker", output_dir=tmp_path / "out", **settings)
+    with pytest.raises(ValueError, match="checkpoint of another run: beside differ"):
+        sfumato.unlearn(other, "a sneaker", output_dir=tmp_path / "out", resume=True, **settings)
+
+
+def test_captions_to_retain_are_read_as_the_model_reads_them(tmp_path):
+    from PIL import Image
+
+    (tmp_path / "kept").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "kept" / "a.png")
+    for caption in ("a trainer", "sneaker, red"):
+        row = json.dumps({"file_name": "a.png", "text": caption})
+        (tmp_path / "kept" / "metadata.jsonl").write_text(row)
+        with pytest.raises(ValueError, match="is to be retained but"):
+            sfumato.unlearn(
+                sfumato.load("atelier"), "red sneaker" if "red" in caption else "sneaker",
+                retain_images=str(tmp_path / "kept"), verify=False, forget_examples=2, example_steps=1, steps=1,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["concept_ablation", "doco"])
+def test_what_a_method_never_looks_at_is_said(tiny_pipe, tmp_path, caplog, method):
+    from PIL import Image
+
+    (tmp_path / "shoes").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "shoes" / "a.png")
+    small = {
+        "anchor_examples": 2, "retain_examples": 2, "example_steps": 1, "batch_size": 2, "steps": 1, "verify": False,
+        **({"discriminator_warmup": 1} if method == "doco" else {}),
+    }  # fmt: skip
+    sfumato.unlearn(
+        tiny_pipe,
+        "a sneaker",
+        method,
+        retain=["a bag"],
+        forget_images=str(tmp_path / "shoes"),
+        prior="anchor",
+        **small,
+    )
+    assert f"{method} has no use for `forget_images`" in caplog.text
+    assert f"{method} has no use for what is to be retained with prior='anchor'" in caplog.text

@@ -158,6 +158,11 @@ class DiT(_ClassConditional):
         """Make a pipeline with other parts; see `Family.with_parts`. It keeps the names of the classes."""
         made = super().with_parts(parts)
         made.labels = self.pipe.labels
+        names: dict[int, list[str]] = {}
+        for name, number in self.pipe.labels.items():
+            names.setdefault(number, []).append(name)
+        if names:  # which the pipeline reads, but does not write by itself
+            made.register_to_config(id2label={str(number): ", ".join(known) for number, known in names.items()})
         return made
 
     @torch.no_grad()

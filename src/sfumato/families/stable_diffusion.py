@@ -172,9 +172,21 @@ class StableDiffusionXL(StableDiffusion):
     encoders: ClassVar[Sequence[str]] = ("text_encoder", "text_encoder_2")
     subsets: ClassVar[Mapping[str, Subsets]] = {
         "denoiser": UNET,
-        # the last layer of either gives nothing that is used but, of the second, the pooled text
-        "text_encoder": {"full": lambda name: "embeddings" not in name},
+        "text_encoder": TEXT_ENCODER,
     }
+
+    def trainable_parameters(self, subset: str, part: str = "denoiser") -> list[str]:
+        """Name the parameters of a part; see `Family.trainable_parameters`.
+
+        Of the first text encoder the last layer and what comes behind it are left out: the pipeline takes the hidden
+        states before them, so that they would never have a gradient.
+        """
+        names = super().trainable_parameters(subset, part)
+        if part != "text_encoder":
+            return names
+        last = f"layers.{self.pipe.text_encoder.config.num_hidden_layers - 1}."
+        unused = ("final_layer_norm.", last)
+        return [name for name in names if not (name.startswith("first.") and any(part in name for part in unused))]
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

@@ -8,6 +8,7 @@ begins, and says what all of it would take.
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -80,17 +81,19 @@ def unlearn(
     folder = storage.check_output_dir(output_dir, resume=resume) if output_dir is not None else None
     if folder is not None:
         storage.check_disk_space(folder, run.disk_space())
-    accelerator = make_accelerator(run.training, folder)
-    costs = Costs(accelerator, folder, resume=resume, began=began)
-    task, history, facts = run.work(accelerator, folder, costs, resume=resume)
-    result, lora = run.result(task)
-    if verify and accelerator.is_main_process:
-        facts = {**facts, **run.check(result)}
-    facts = {**facts, **costs.so_far()}
-    if folder is not None and accelerator.is_main_process:
-        manifest = _manifest(task, method, run.settings(), facts)
-        write_result(pipe, result, folder, run.output, history, manifest, lora)
-    accelerator.wait_for_everyone()
+    first = int(os.environ.get("RANK", 0)) == 0
+    with storage.claimed(folder if first else None, resume=resume):
+        accelerator = make_accelerator(run.training, folder)
+        costs = Costs(accelerator, folder, resume=resume, began=began)
+        task, history, facts = run.work(accelerator, folder, costs, resume=resume)
+        result, lora = run.result(task)
+        if verify and accelerator.is_main_process:
+            facts = {**facts, **run.check(result)}
+        facts = {**facts, **costs.so_far()}
+        if folder is not None and accelerator.is_main_process:
+            manifest = _manifest(task, method, run.settings(), {**facts, **run.origin()})
+            write_result(pipe, result, folder, run.output, history, manifest, lora)
+        accelerator.wait_for_everyone()
     return result
 
 
@@ -132,7 +135,7 @@ def rehearse(
     """
     run = Run.prepare(pipe, forget, method, anchor=anchor, retain=retain, recipe=recipe, settings=settings)
     if output_dir is not None:
-        storage.check_disk_space(storage.check_output_dir(output_dir), run.disk_space())
+        storage.check_disk_space(storage.check_output_dir(output_dir, resume=True), run.disk_space())
     accelerator = make_accelerator(replace(run.training, log_with=None))
     with rehearsing() as phases:
         task, _, _ = run.work(accelerator, None, None, resume=False)
@@ -171,6 +174,7 @@ def _manifest(task: Task, method: str, settings: Mapping[str, Any], facts: Mappi
         **pruned,
         **facts,
         "base_fingerprint": task.identity["base"],
+        "beside_fingerprint": task.identity["beside"],
         "result_fingerprint": storage.fingerprint(task.model.named_parameters()),
         "processes": task.accelerator.num_processes,
         "device": str(device),

@@ -32,7 +32,10 @@ class Costs:
         self._path = folder / "examples" / "costs.json" if folder is not None else None
         self._earlier = {"seconds": 0.0, "denoiser_evaluations": 0}
         if resume and self._path is not None and self._path.exists():
-            self._earlier = json.loads(self._path.read_text())
+            try:
+                self._earlier = {**self._earlier, **json.loads(self._path.read_text())}
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{self._path} is damaged ({error}); delete it to count from here.") from error
         self.counted = torch.zeros((), dtype=torch.int64)
         """Evaluations of this start on this process: samples that pass through a denoiser; a guided one is two."""
 

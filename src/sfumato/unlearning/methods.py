@@ -24,6 +24,7 @@ class Method(NamedTuple):
         config: The name of its config there.
         trains: Whether it trains, rather than solves an equation.
         examples: Whether it sees pictures.
+        forgets: Whether those of the concept are among them.
         anchors: Whether it is told what to show instead.
         retains: Whether it is told what to keep.
         family: The families that it is defined for.
@@ -34,6 +35,7 @@ class Method(NamedTuple):
     config: str
     trains: bool = True
     examples: bool = True
+    forgets: bool = True
     anchors: bool = True
     retains: bool = True
     family: Any = Family
@@ -75,8 +77,8 @@ METHODS = {
     ),
     "rece": Method("sfumato.unlearning.rece", "RECEConfig", False, False, family=TextFamily, wants=TEXT),
     "uce": Method("sfumato.unlearning.uce", "UCEConfig", False, False, family=TextFamily, wants=TEXT),
-    "concept_ablation": Method("sfumato.unlearning.concept_ablation", "ConceptAblationConfig"),
-    "doco": Method("sfumato.unlearning.doco", "DoCoConfig"),
+    "concept_ablation": Method("sfumato.unlearning.concept_ablation", "ConceptAblationConfig", forgets=False),
+    "doco": Method("sfumato.unlearning.doco", "DoCoConfig", forgets=False),
     "gradient_ascent": Method("sfumato.unlearning.gradient_ascent", "GradientAscentConfig", anchors=False),
     "proximal": Method("sfumato.unlearning.proximal", "ProximalConfig"),
 }

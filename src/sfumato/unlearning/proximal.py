@@ -25,10 +25,11 @@ with F and R batches in the two sets: it jumps between passes, and rho R / (E (F
 end.
 
 The soft-threshold variant of Fan, Liu, Zhang, Wong, Wei, Liu, "SalUn", ICLR 2024, arXiv 2310.12508. Where this differs
-from the released code: tau is the next magnitude after the k that may differ, not the k-th, so exactly k do unless
-magnitudes tie; N counts the trained weights, not also those of the autoencoder and the text encoder; weights that do
-not differ keep their bits, as they are not made by adding zero; tau is found by two histograms, without a sort, and
-needs no copy of the changes; and what differs in `salun` (``forget_order``, ``legacy_two_samples``).
+from the released code: tau is the next magnitude after the k that may differ, not the k-th, so k do, but for
+magnitudes that tie and changes that round away; N counts the trained weights, not also those of the autoencoder and
+the text encoder; weights that do not differ keep their bits, as they are not made by adding zero; tau is found by two
+histograms, without a sort, and needs no copy of the changes; and what differs in `salun` (``forget_order``,
+``legacy_two_samples``).
 """
 
 from __future__ import annotations

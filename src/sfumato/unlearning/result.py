@@ -121,12 +121,29 @@ def _save(
                 result.components[name].save_pretrained(folder / name, safe_serialization=True)
         saved["part"] = {"components": changed}
     if "delta" in config.save:
-        (folder / "delta").mkdir()
-        facts = {name: manifest[name] for name in ("method", "forget", "model") if name in manifest}
-        weights = delta.save_delta(folder / "delta" / "delta.safetensors", base, result, facts)
-        shutil.copy(delta.__file__, folder / "delta" / "delta.py")
-        saved["delta"] = {"changed_weights": weights}
+        saved["delta"] = _save_delta(base, result, folder / "delta", manifest)
+    if "lora" in config.save:
+        saved["lora"] = None  # nothing changed
     if lora is not None:
         save_lora(result, lora, folder / "lora")
         saved["lora"] = {"rank": lora.rank, "missing": lora.missing}
     return saved
+
+
+def _save_delta(
+    base: DiffusionPipeline, result: DiffusionPipeline, folder: Path, manifest: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Write a delta; gives what the manifest says of it, None if nothing changed."""
+    changed = any(
+        not torch.equal(a, b.to(a))
+        for name, part in result.components.items()
+        if isinstance(part, torch.nn.Module) and part is not base.components[name]
+        for a, b in zip(part.parameters(), base.components[name].parameters(), strict=True)
+    )
+    if not changed:
+        return None
+    folder.mkdir()
+    facts = {name: manifest[name] for name in ("method", "forget", "model") if name in manifest}
+    weights = delta.save_delta(folder / "delta.safetensors", base, result, facts)
+    shutil.copy(delta.__file__, folder / "delta.py")
+    return {"changed_weights": weights}

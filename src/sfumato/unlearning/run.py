@@ -77,9 +77,18 @@ class Run:
         found = recipes.find_recipe(method, pipe, forget, recipe)
         configs = {type(config): config for config in configure(chosen.configs, {**found.settings, **settings})}
         run = cls(pipe, method, chosen, concept, found, configs)
+        run._say_what_has_no_use(retain)
         check_output(pipe, run.part, run.output)
         family.trainable_parameters(run.config.parameters, run.config.part)  # says what is wrong with them
         return run
+
+    def _say_what_has_no_use(self, retain: Sequence[str] | None) -> None:
+        """Warn of pictures and prompts that the method, as it is set, never looks at."""
+        sources, prior = self.configs.get(ExampleConfig, ExampleConfig()), getattr(self.config, "prior", "retain")
+        if sources.forget_images is not None and not self.method.forgets:
+            logger.warning(f"{self.name} has no use for `forget_images`: it learns from pictures of the anchor.")
+        if prior != "retain" and (retain is not None or sources.retain_images is not None):
+            logger.warning(f"{self.name} has no use for what is to be retained with prior={prior!r}: set 'retain'.")
 
     @property
     def config(self) -> Any:
@@ -113,6 +122,10 @@ class Run:
         modules = (part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module))
         return 2 * sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
+    def origin(self) -> dict[str, Any]:
+        """Say for the manifest where the settings come from that were not given, and what the model was loaded in."""
+        return {"recipe": self.recipe.name or None, "dtype": str(self.family.dtype), "seed": self.training.seed}
+
     def settings(self) -> dict[str, Any]:
         """All settings by their names."""
         return {name: value for config in self.configs.values() for name, value in asdict(config).items()}
@@ -136,7 +149,7 @@ class Run:
         identity = {
             "method": self.name, "forget": self.concept.name, "concept": asdict(self.concept),
             "settings": asdict(config), "base": storage.fingerprint(self.part.named_parameters()),
-            "examples": asdict(sources),
+            "beside": self._fingerprint_beside(), "examples": asdict(sources),
         }  # fmt: skip
         implementation: Any = importlib.import_module(self.method.module)
         names = family.trainable_parameters(config.parameters, config.part)
@@ -161,16 +174,28 @@ class Run:
                 self.pipe.to(accelerator.device)
                 model.to(accelerator.device)
                 require_known(family, self.concept)
-                task.read_folders()
+                task.read_folders(concepts.vocabulary_of(self.pipe))
                 with _counting(counted, *watched):
                     history, facts = implementation.run(task, config)
         return task, history, facts
 
+    def _fingerprint_beside(self) -> str:
+        """What tells the rest of the model, which draws the pictures and encodes the prompts, from another."""
+        changed = {id(module) for module in self.part.modules()}
+        return storage.fingerprint(
+            (f"{component}.{name}", parameter)
+            for component, module in self.pipe.components.items()
+            if isinstance(module, torch.nn.Module) and id(module) not in changed
+            for name, parameter in module.named_parameters()
+        )
+
     def result(self, task: Task) -> tuple[DiffusionPipeline, Lora | None]:
         """Give the pipeline with the part that was changed, and its LoRA, if that is to be saved."""
         result = self.family.with_parts({self.config.part: task.model.requires_grad_(False)})
-        wanted = "lora" in self.output.save
-        lora = extract_lora(self.pipe, result, self.output.lora_rank) if wanted else None  # before it is rounded
+        before, wanted = self.part.named_parameters(), "lora" in self.output.save
+        moved = any(not torch.equal(a, b.to(a)) for (_, a), b in zip(before, task.model.parameters(), strict=True))
+        # before it is rounded
+        lora = extract_lora(self.pipe, result, self.output.lora_rank) if wanted and moved else None
         _cast(task.model, next(self.part.parameters()).dtype)
         return result, lora
 

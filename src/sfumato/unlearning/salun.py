@@ -203,7 +203,7 @@ def check(task: Task, config: SalUnConfig) -> None:
     """Check, before the long work, a mask that the user gave; ValueError if it is of another model."""
     if config.mask_path is not None:
         masks, provenance = load_mask(config.mask_path, task.model)
-        if provenance.get("base") != task.identity["base"]:
+        if any(provenance.get(name) != task.identity[name] for name in ("base", "beside")):
             raise ValueError(
                 f"{config.mask_path} was computed for another base model; leave out mask_path to make one."
             )

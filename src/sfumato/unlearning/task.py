@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from sfumato import storage
-from sfumato.concepts import Concept, refuse_contradictions
+from sfumato.concepts import Concept, Vocabulary, refuse_captions
 from sfumato.families import Family
 from sfumato.settings import check_types
 from sfumato.trainer import Objective, TrainingConfig, train
@@ -180,8 +180,8 @@ class Task:
             return read_image_folder(self.family, images, prompts, batch_size=sources.example_batch_size)
         path = self.output_dir / "examples" / f"{kind}.safetensors" if self.output_dir else None
         key = {
-            "base": self.identity["base"], "source": self.identity["examples"], "prompts": list(prompts),
-            "seed": self.seed,
+            "base": self.identity["base"], "beside": self.identity.get("beside"),
+            "source": self.identity["examples"], "prompts": list(prompts), "seed": self.seed,
         }  # fmt: skip
         count = getattr(sources, f"{kind}_examples")
         stored = storage.load_tensors_of(path, key)
@@ -198,14 +198,18 @@ class Task:
         self.note_costs()
         return drawn
 
-    def read_folders(self) -> None:
-        """Read the user's pictures, if there are any: what is wrong with them is then known before the long work."""
+    def read_folders(self, vocabulary: Vocabulary | None = None) -> None:
+        """Read the user's pictures, if there are any: what is wrong with them is then known before the long work.
+
+        Args:
+            vocabulary: The model's, if it has one.
+        """
         folders = {kind: getattr(self.sources, f"{kind}_images") for kind in ("forget", "retain")}
         if all(folders.values()):
             refuse_same_pictures(folders["forget"], folders["retain"])  # before they are encoded
         given = {kind: sorted(set(self.examples(kind).prompts)) for kind, folder in folders.items() if folder}
         if "retain" in given:
-            refuse_contradictions(self.concept.phrases, None, given["retain"])
+            refuse_captions(vocabulary, self.concept.phrases, given["retain"])
         kept = {*given.get("retain", ()), *self.concept.retain}
         for caption in given.get("forget", ()):
             if caption in kept:

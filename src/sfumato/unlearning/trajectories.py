@@ -404,7 +404,8 @@ def find_trajectories(task: Task, walker: Walker, prompts: Sequence[str], name: 
     settings = asdict(walker.config)
     key = {
         "base": {part: storage.fingerprint(module.named_parameters()) for part, module in task.family.parts.items()},
-        "prompts": list(prompts), "source": dict(walker.source or {}), "seed": task.seed, "stream": stream,
+        "beside": task.identity.get("beside"), "prompts": list(prompts), "source": dict(walker.source or {}),
+        "seed": task.seed, "stream": stream,
         "prediction_type": task.family.prediction_type, "grid": walker.grid.tolist(), "one_time": walker.one_time,
         **{f.name: settings[f.name] for f in fields(TrajectoryConfig) if f.name.startswith(("trajectory", "legacy"))},
     } if path is not None else {}  # fmt: skip
