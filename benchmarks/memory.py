@@ -118,8 +118,9 @@ def step_of(denoiser: torch.nn.Module, config: dict[str, Any], batch: int, dtype
 def count(
     config: dict[str, Any], *, batch: int, dtype: torch.dtype, checkpointing: bool, adapter_rank: int = 0,
     frozen: torch.dtype = torch.float32, companions: Callable[[], list[torch.nn.Module]] | None = None,
+    trained: bool = True,
 ) -> float:  # fmt: skip
-    """Bytes that two steps take at the most, with the rest of the pipeline on the device."""
+    """Bytes that two steps take at the most, or a pass without a gradient, with the rest of the pipeline beside it."""
     with torch.device("meta"):
         torch.set_default_dtype(frozen)
         denoiser: Any = (FluxTransformer2DModel if "joint_attention_dim" in config else UNet2DConditionModel)(**config)
@@ -138,9 +139,13 @@ def count(
         live = Live()
         live.hold(*denoiser.parameters(), *(p for module in others for p in module.parameters()))
         with live:
-            step = step_of(denoiser, config, batch, dtype)
-            step()
-            step()
+            if trained:
+                step = step_of(denoiser, config, batch, dtype)
+                step()
+                step()
+            else:
+                with torch.no_grad(), torch.autocast("cpu", dtype):
+                    denoiser(**inputs_of(config, batch))
         return live.peak
 
 
@@ -219,9 +224,17 @@ def main(config: MemoryConfig) -> None:
             "config": SDXL, "batch": 1, "dtype": half, "checkpointing": True, "adapter_rank": 16, "frozen": half,
             "companions": companions_of_sdxl,
         }),
+        ("SDXL in bf16, walking eight guided trajectories at once", {
+            "config": SDXL, "batch": 16, "dtype": half, "checkpointing": False, "adapter_rank": 16, "frozen": half,
+            "companions": companions_of_sdxl, "trained": False,
+        }),
         ("Flux.1-dev in bf16, adapters (rank 16), batch 1 a process, checkpointing", {
             "config": FLUX, "batch": 1, "dtype": half, "checkpointing": True, "adapter_rank": 16, "frozen": half,
             "companions": companions_of_flux,
+        }),
+        ("Flux.1-dev in bf16, walking eight guided trajectories at once", {
+            "config": FLUX, "batch": 16, "dtype": half, "checkpointing": False, "adapter_rank": 16, "frozen": half,
+            "companions": companions_of_flux, "trained": False,
         }),
     ]  # fmt: skip
     rows = []
