@@ -178,7 +178,7 @@ def compare_methods(line, folder):
 
 
 def compare_several(line, folder):
-    few = ["--methods", "uce", "--pictures", "24", "--attacked", "2", "--stronger", "uce"]
+    few = ["--methods", "uce", "--pictures", "24", "--attacked", "0", "--seeds", "0"]
     words = line.split()
     printed = run([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
     assert "| uce, sneaker+boot |" in printed
@@ -186,9 +186,9 @@ def compare_several(line, folder):
 
 def costs(line, folder):
     words = line.split()
-    few = ["--steps", "2", "--esd_steps", "1", "--retain_repeats", "0"]
+    few = ["--methods", "esd", "--steps", "2", "--esd_steps", "1", "--retain_repeats", "0"]  # AdvUnlearn is not short
     printed = run([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
-    assert printed.count("x fewer evaluations") == 2
+    assert printed.count("x fewer evaluations") == 1
 
 
 def salun_step(line, folder):

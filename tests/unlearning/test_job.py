@@ -144,7 +144,7 @@ def test_bad_command_line_gets_one_sentence(tmp_path, arguments, message):
 
 def test_two_runs_into_one_folder_do_not_overwrite_each_other(tmp_path):
     """Closed forms write nothing until they are done, so that both pass the first check."""
-    command = [sys.executable, "-m", "sfumato.training.uce", "--output", str(tmp_path / "out"), "--no_verify"]
+    command = [sys.executable, "-m", "sfumato.cli", "unlearn", "uce", "--output", str(tmp_path / "out"), "--no_verify"]
     runs = [
         subprocess.Popen([*command, "--forget", word], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         for word in ("sneaker", "bag")
