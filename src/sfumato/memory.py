@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from sfumato import checkpoints
+from sfumato.trainer import checkpoints
 
 __all__ = ["explained", "peak_memory_mb"]
 

@@ -8,7 +8,7 @@ Everything here takes ordinary tensors as well, and gives them back as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -23,6 +23,7 @@ __all__ = [
     "named_parameters",
     "reshard",
     "spread_like",
+    "trained_parameters",
     "whole",
 ]
 
@@ -83,43 +84,68 @@ def named_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name.replace(_WRAPPER, ""): parameter for name, parameter in model.named_parameters()}
 
 
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Name the parameters of a model that require gradients; see `named_parameters`."""
+    return {name: parameter for name, parameter in named_parameters(model).items() if parameter.requires_grad}
+
+
 class Structure:
     """What modules are made of, to give a model back its own once its weights need no longer be spread.
 
-    FSDP2 changes the classes, the parameters, the hooks and the attributes of a model in place, activation
-    checkpointing by accelerate its modules, and autocast its forward; there is no public way back.
+    FSDP2 changes the classes, the parameters, the hooks and the attributes of a model in place, DeepSpeed its
+    parameters and its hooks, activation checkpointing by accelerate its modules, and autocast its forward; there is no
+    public way back.
 
     Args:
         model: The network, before accelerate prepares it.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._modules = [
-            (
-                module,
-                type(module),
-                dict(module._modules),
-                {n: set(hooks) for n, hooks in _hooks(module)},
-                set(vars(module)),
-            )
-            for module in model.modules()
-        ]
+        self._modules = [_Made.of(module) for module in model.modules()]
 
     def restore(self) -> None:
         """Put spread weights together, in place, and undo the rest; all processes must call it."""
-        reshard(self._modules[0][0])
-        for module, kind, children, hooks, attributes in self._modules:
-            if type(module) is not kind:
-                module.__class__ = kind
-            module._modules.update(children)
-            for name, parameter in module._parameters.items():
-                if isinstance(parameter, DTensor):
-                    module._parameters[name] = torch.nn.Parameter(whole(parameter), parameter.requires_grad)
-            for name, present in _hooks(module):
-                for key in [key for key in present if key not in hooks[name]]:
-                    del present[key]
-            for name in set(vars(module)) - attributes:  # the state of FSDP2, which can't be copied, and a forward
-                delattr(module, name)
+        reshard(self._modules[0].module)
+        for made in self._modules:
+            made.restore()
+
+
+class _Made(NamedTuple):
+    """A module, and what it is made of."""
+
+    module: torch.nn.Module
+    kind: type
+    children: dict[str, torch.nn.Module | None]
+    hooks: dict[str, set[int]]
+    attributes: set[str]
+    notes: dict[str, set[str]]
+    """Attributes of its parameters."""
+
+    @classmethod
+    def of(cls, module: torch.nn.Module) -> _Made:
+        return cls(
+            module,
+            type(module),
+            dict(module._modules),
+            {name: set(hooks) for name, hooks in _hooks(module)},
+            set(vars(module)),
+            {name: set(vars(values)) for name, values in module._parameters.items() if values is not None},
+        )
+
+    def restore(self) -> None:
+        module = self.module
+        if type(module) is not self.kind:
+            module.__class__ = self.kind
+        module._modules.update(self.children)
+        for name, notes in self.notes.items():
+            parameter: Any = module._parameters[name]
+            if isinstance(parameter, DTensor) or set(vars(parameter)) - notes:
+                module._parameters[name] = torch.nn.Parameter(whole(parameter).clone(), parameter.requires_grad)
+        for name, present in _hooks(module):
+            for key in [key for key in present if key not in self.hooks[name]]:
+                del present[key]
+        for name in set(vars(module)) - self.attributes:  # the state of FSDP2, which can't be copied, and a forward
+            delattr(module, name)
 
 
 def _hooks(module: torch.nn.Module) -> list[tuple[str, dict[int, object]]]:

@@ -157,3 +157,13 @@ def test_a_prompts_tokens_stand_where_the_encoder_puts_them(family):
         assert moved[place - segment.begin]
         if segment.marks:  # CLIP looks back alone
             assert not moved[: place - segment.begin].any()
+
+
+def test_a_prompt_is_cut_where_more_words_change_nothing(family):
+    if not isinstance(family, TextFamily):
+        assert not family.is_cut(family.names[0])
+        return
+    for prompt, cut in (("a red bag", False), ("a red bag " * 400, True)):
+        one, more = (family.encode_prompts([words]) for words in (prompt, prompt + " sneaker"))
+        assert family.is_cut(prompt) == cut
+        assert all(torch.equal(one[name], more[name]) for name in one) == cut

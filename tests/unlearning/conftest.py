@@ -1,9 +1,4 @@
-"""A tiny Stable Diffusion pipeline with random weights, its example sets, and jobs on several processes."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""A tiny Stable Diffusion pipeline with random weights, and its example sets."""
 
 import pytest
 import torch
@@ -73,24 +68,3 @@ def _examples(count, prompts, seed):
     generator = torch.Generator().manual_seed(seed)
     mean = torch.randn(count, 4, 4, 4, generator=generator)
     return Examples(mean, 0.1 * torch.ones_like(mean), tuple(prompts[k % len(prompts)] for k in range(count)))
-
-
-@pytest.fixture(scope="session")
-def launch():
-    """``accelerate launch``; several CPU processes go through the same launcher as several GPUs."""
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-
-    def start(*arguments, processes=1, fsdp=False, wait=True):
-        config = root / "training" / "launch" / ("fsdp2.yaml" if fsdp else "ddp.yaml")
-        kind = ["--config_file", str(config)] if processes > 1 else ["--cpu"]
-        command = [
-            sys.executable, "-m", "accelerate.commands.launch", *kind, "--num_processes", str(processes),
-            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-            "--num_cpu_threads_per_process", "1", "--main_process_port", "0", *map(str, arguments),
-        ]  # fmt: skip
-        if wait:
-            return subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=400)
-        return subprocess.Popen(command, env=environment, cwd=root, start_new_session=True, stderr=subprocess.DEVNULL)
-
-    return start

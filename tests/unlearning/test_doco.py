@@ -311,7 +311,7 @@ def test_bad_input_gets_one_sentence_before_the_long_work(tiny_pipe, tmp_path, s
 def test_fp16_is_refused_before_the_long_work(family):
     task = task_of(family)
     task.training.mixed_precision = "fp16"
-    with pytest.raises(ValueError, match="fp16 scales: use bf16"):
+    with pytest.raises(ValueError, match="'fp16' scales: use bf16"):
         doco.check(task, DoCoConfig())
 
 

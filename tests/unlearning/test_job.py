@@ -65,7 +65,7 @@ def test_call_and_job_give_the_same_bits(one_process):
 @pytest.fixture(scope="module")
 def two_processes(salun, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two") / "out"
-    done = salun(folder, processes=2, fsdp=True)
+    done = salun(folder, processes=2, config="fsdp2")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -84,7 +84,7 @@ def kill_after_a_checkpoint(process, output):
 def test_job_killed_at_any_moment_resumes_to_the_same_bits(salun, request, tmp_path, processes, uninterrupted):
     """Two processes share the weights too (FSDP2): a checkpoint is put together and spread again."""
     expected = weights(request.getfixturevalue(uninterrupted))
-    settings = {"processes": processes, "fsdp": processes > 1}
+    settings = {"processes": processes, "config": "fsdp2"}
     kill_after_a_checkpoint(salun(tmp_path / "out", wait=False, **settings), tmp_path / "out")
     assert not (tmp_path / "out" / "model_index.json").exists()
     refused = salun(tmp_path / "out")
@@ -97,7 +97,7 @@ def test_job_killed_at_any_moment_resumes_to_the_same_bits(salun, request, tmp_p
 
 def test_a_run_of_two_processes_is_finished_by_one(salun, two_processes, tmp_path):
     """Another number of processes only rounds otherwise, which is said; so do more passes."""
-    kill_after_a_checkpoint(salun(tmp_path / "out", processes=2, fsdp=True, wait=False), tmp_path / "out")
+    kill_after_a_checkpoint(salun(tmp_path / "out", processes=2, config="fsdp2", wait=False), tmp_path / "out")
     resumed = salun(tmp_path / "out", "--resume", "True", "--gradient_accumulation_steps", "2")
     assert resumed.returncode == 0, resumed.stderr
     assert "is of a run of 2 processes, now there are 1" in resumed.stderr

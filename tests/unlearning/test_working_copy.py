@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import sfumato
-from sfumato import trainer
 from sfumato.delta import fingerprint
+from sfumato.trainer.update import GradientUpdate
 from sfumato.unlearning.methods import METHODS
 from sfumato.unlearning.working_copy import working_copy
 
@@ -76,8 +76,8 @@ def test_sharing_changes_no_result(tiny_pipe, method, monkeypatch):
 def test_what_is_not_trained_stays_in_half_precision(tiny_pipe, settings, monkeypatch):
     """With autocast to match; what is trained is float32, and a LoRA is made before the result is rounded."""
     seen = []
-    step = trainer._Run.step
-    monkeypatch.setattr(trainer._Run, "step", lambda run, k: seen.append(run.model) or step(run, k))
+    step = GradientUpdate.step
+    monkeypatch.setattr(GradientUpdate, "step", lambda update, rate: seen.append(update.model) or step(update, rate))
     tiny_pipe.to(torch.bfloat16)
     before = {name: parameter.clone() for name, parameter in tiny_pipe.unet.named_parameters()}
     for method in ("esd", "concept_ablation", "gradient_ascent", "doco", "salun"):

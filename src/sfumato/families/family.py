@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -125,6 +126,10 @@ class Family(ABC):
     @abstractmethod
     def image_size(self) -> tuple[int, int]:
         """Height and width, in pixels, of one picture at the model's native size."""
+
+    def is_cut(self, prompt: str) -> bool:
+        """Whether the model sees only the beginning of a prompt, as it is longer than its text encoder's limit."""
+        return False
 
     def check_dtypes(self) -> None:
         """Refuse, with a ValueError, parts whose dtypes do not fit together; the autoencoder's is free."""
@@ -321,6 +326,19 @@ class TextFamily(Family):
         scale = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
         _, height, width = self.latent_shape
         return height * scale, width * scale
+
+    def is_cut(self, prompt: str) -> bool:
+        """Whether no text encoder sees a prompt to its end; see `Family.is_cut`."""
+        named = ((getattr(self.pipe, name, None), name.replace("text_encoder", "tokenizer")) for name in self.encoders)
+        cutters = [getattr(self.pipe, tokenizer) for encoder, tokenizer in named if encoder is not None]
+        whole = [len(cut(prompt, verbose=False)["input_ids"]) <= self._limit(cut) for cut in cutters]
+        return bool(whole) and not any(whole)
+
+    def _limit(self, tokenizer: Any) -> int:
+        """How many tokens of a tokenizer the pipeline gives its text encoder: T5 gets as many as the call says."""
+        told = signature(type(self.pipe).__call__).parameters.get("max_sequence_length")
+        told = told if "T5" in type(tokenizer).__name__ else None
+        return int(tokenizer.model_max_length if told is None else told.default)
 
     def check_dtypes(self) -> None:
         """Refuse text encoders and a denoiser of different dtypes."""

@@ -92,6 +92,17 @@ class StableDiffusion(TextFamily):
         counts = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
         return tokens.input_ids.to(self.device), torch.tensor([len(ids) - 2 for ids in counts], device=self.device)
 
+    def spell(self, tokens: Sequence[int]) -> str:
+        """Give the text of token numbers, as somebody would have to type it; starts, ends and padding are left out."""
+        text: str = self.pipe.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text.strip()
+
+    @property
+    def ordinary_tokens(self) -> list[int]:
+        """The numbers of the tokens that are words or pieces of words."""
+        special = set(self.pipe.tokenizer.all_special_ids)
+        return [number for number in range(len(self.token_table)) if number not in special]
+
     @property
     def token_table(self) -> torch.Tensor:
         """The embeddings of all tokens, ``(vocabulary, width)``, float32, without a gradient."""

@@ -35,9 +35,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sfumato import checkpoints
 from sfumato.progress import Track
-from sfumato.trainer import Shard
+from sfumato.trainer import Shard, checkpoints
+from sfumato.trainer.surgery import check_surgery
 from sfumato.unlearning.concept_ablation import start_token_without_gradient
 from sfumato.unlearning.discriminator import new_adam, patch_discriminator
 from sfumato.unlearning.examples import Examples
@@ -212,8 +212,7 @@ def check(task: Task, config: DoCoConfig) -> None:
             "discriminator_norm='batch' needs the whole batch at once: run one process with "
             "gradient_accumulation_steps=1, or choose 'group'."
         )
-    if task.training.mixed_precision == "fp16":
-        raise ValueError("DoCo's gradient surgery needs true gradients, which fp16 scales: use bf16 or 'no'.")
+    check_surgery(task.training, task.accelerator)
     if config.max_timestep is not None and config.max_timestep > task.family.num_train_timesteps:
         raise ValueError(
             f"`max_timestep` must be at most {task.family.num_train_timesteps}, got {config.max_timestep}."

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from sfumato import storage
-from sfumato.sharding import local, spread_like, whole
+from sfumato.sharding import whole
 
-__all__ = ["check_same_run", "newest", "processes_of", "restore", "save"]
+__all__ = ["Stored", "check_same_run", "load", "newest", "processes_of", "save"]
 
 Tensors = Mapping[str, torch.Tensor]
+
+_FILES = ("weights.safetensors", "optimizer.safetensors", "average.safetensors", "state.safetensors")
 
 
 def newest(output_dir: Path) -> Path | None:
@@ -83,7 +85,7 @@ def save(
     *,
     identity: Mapping[str, Any],
     weights: Tensors,
-    optimizer: torch.optim.Optimizer,
+    moments: Iterable[tuple[str, torch.Tensor]],
     average: Tensors,
     state: Tensors,
     history: list[dict[str, float]],
@@ -100,7 +102,7 @@ def save(
         step: Optimiser steps taken so far.
         identity: See `check_same_run`.
         weights: The trained parameters.
-        optimizer: Its state is saved, whatever the optimiser, as long as it is tensors and numbers.
+        moments: The optimiser's state, named.
         average: Moving average of the weights; empty if there is none.
         state: What else changes from step to step; likewise.
         history: Rows so far.
@@ -109,21 +111,13 @@ def save(
         write: Whether this process is the one that writes.
     """
     target = output_dir / "checkpoints" / f"step-{step:08d}"
-    moments = {
-        f"{index}.{key}": torch.as_tensor(value)
-        for index, entry in optimizer.state_dict()["state"].items()
-        for key, value in entry.items()
-        if value is not None
-    }
-    weights, moments, average = (_gather(tensors, write) for tensors in (weights, moments, average))
+    gathered = [_gather(tensors, write) for tensors in (weights.items(), moments, average.items())]
     if not write:
         return
     with storage.atomic_directory(target) as partial:
-        for name, tensors in (
-            ("weights", weights), ("optimizer", moments), ("average", average), ("state", state),
-        ):  # fmt: skip
+        for name, tensors in zip(_FILES, [*gathered, state], strict=True):
             if tensors:  # plain SGD has no moments, and not every run an average or a state
-                storage.save_tensors(partial / f"{name}.safetensors", tensors)
+                storage.save_tensors(partial / name, tensors)
         files = sorted(file.name for file in partial.glob("*.safetensors"))
         storage.write_text(partial / "history.json", json.dumps(history))
         progress = {"step": step, "identity": identity, "files": files, "processes": processes}
@@ -132,52 +126,54 @@ def save(
         shutil.rmtree(old)
 
 
-def _gather(tensors: Tensors, keep: bool) -> dict[str, torch.Tensor]:
+def _gather(tensors: Iterable[tuple[str, torch.Tensor]], keep: bool) -> dict[str, torch.Tensor]:
     """Put tensors together one by one, on the CPU if they are spread, and keep them where they are to be written."""
     gathered = {}
-    for name, values in tensors.items():
+    for name, values in tensors:
         together = whole(values).cpu() if isinstance(values, DTensor) else values
         if keep:
             gathered[name] = together
     return gathered
 
 
-def restore(
-    checkpoint: Path, *, weights: Tensors, optimizer: torch.optim.Optimizer, average: Tensors, state: Tensors
-) -> tuple[int, list[dict[str, float]]]:
-    """Load a checkpoint into what is given, in place.
+class Stored(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        step: The step to go on from.
+        history: The rows so far.
+        weights: The trained parameters.
+        moments: The optimiser's state.
+        average: Moving average of the weights; empty if there is none.
+        state: What else changed from step to step; likewise.
+    """
+
+    step: int
+    history: list[dict[str, float]]
+    weights: Tensors
+    moments: Tensors
+    average: Tensors
+    state: Tensors
+
+
+def load(checkpoint: Path, shapes: Mapping[str, torch.Size]) -> Stored:
+    """Read a checkpoint.
 
     Args:
         checkpoint: Its directory.
-        weights: The trained parameters.
-        optimizer: Over the same parameters, in the same order.
-        average: Moving average to fill; empty if there is none.
-        state: What else changed from step to step, to fill; likewise.
+        shapes: Of the parameters that are trained.
 
     Returns:
-        The step to go on from, and the history so far.
+        All of it, on the CPU.
 
     Raises:
         ValueError: If a file is corrupt, or holds the weights of another model.
     """
     progress = _read_json(checkpoint / "state.json")
     history = _read_json(checkpoint / "history.json")
-    stored = storage.load_tensors(checkpoint / "weights.safetensors")
-    if {n: t.shape for n, t in stored.items()} != {n: t.shape for n, t in weights.items()}:
+    weights, moments, average, state = (
+        storage.load_tensors(checkpoint / name) if name in progress["files"] else {} for name in _FILES
+    )
+    if {name: values.shape for name, values in weights.items()} != dict(shapes):
         raise ValueError(f"{checkpoint} holds the weights of another model. Choose another output folder.")
-    averages = storage.load_tensors(checkpoint / "average.safetensors") if average else {}
-    states = storage.load_tensors(checkpoint / "state.safetensors") if state else {}
-    entries: dict[int, dict[str, torch.Tensor]] = {}
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = checkpoint / "optimizer.safetensors"
-    for name, value in (storage.load_tensors(moments) if moments.exists() else {}).items():
-        index, key = name.split(".", 1)
-        parameter = trained[int(index)]
-        entries.setdefault(int(index), {})[key] = (
-            spread_like(value, parameter) if value.shape == parameter.shape else value
-        )
-    for given, found in ((weights, stored), (average, averages), (state, states)):
-        for name, value in found.items():
-            local(given[name]).copy_(local(spread_like(value, given[name])))
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
-    return int(progress["step"]), history
+    return Stored(int(progress["step"]), history, weights, moments, average, state)

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from sfumato import storage
-from sfumato.masked_update import MaskedUpdate, zero_where
 from sfumato.randomness import randn_for
 from sfumato.trainer import (
     NonFiniteLossError,
@@ -15,6 +14,7 @@ from sfumato.trainer import (
     preflight,
     train,
 )
+from sfumato.trainer.masked_update import MaskedUpdate, zero_where
 
 
 class Regression:

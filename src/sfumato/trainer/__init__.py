@@ -1,0 +1,19 @@
+"""Training: an objective, a config, and one loop on accelerate. The loop is in `sfumato.trainer.loop`."""
+
+from sfumato.trainer.config import TrainingConfig
+from sfumato.trainer.devices import make_accelerator, process_group
+from sfumato.trainer.loop import NonFiniteLossError, preflight, train
+from sfumato.trainer.objective import Objective, Shard, StatefulObjective, SurgicalObjective
+
+__all__ = [
+    "NonFiniteLossError",
+    "Objective",
+    "Shard",
+    "StatefulObjective",
+    "SurgicalObjective",
+    "TrainingConfig",
+    "make_accelerator",
+    "process_group",
+    "preflight",
+    "train",
+]
