@@ -1,9 +1,13 @@
-"""Settings of the whole suite, and tiny pipelines of every kind of diffusers (random weights, no text encoders)."""
+"""Settings of the whole suite, tiny pipelines of every kind of diffusers, and jobs on several processes."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -202,3 +206,26 @@ def tiny():
 def tiny_unet():
     """A `UNet2DConditionModel` of its own."""
     return deepcopy(unet())
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """``accelerate launch``; several CPU processes go through the same launcher as several GPUs."""
+    root = Path(__file__).parents[1]
+    environment = {
+        **os.environ, "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+
+    def start(*arguments, processes=1, config="ddp", wait=True):
+        file = root / "training" / "launch" / f"{config}.yaml"
+        kind = ["--config_file", str(file)] if processes > 1 else ["--cpu"]
+        command = [
+            sys.executable, "-m", "accelerate.commands.launch", *kind, "--num_processes", str(processes),
+            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+            "--num_cpu_threads_per_process", "1", "--main_process_port", "0", *map(str, arguments),
+        ]  # fmt: skip
+        if wait:
+            return subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=400)
+        return subprocess.Popen(command, env=environment, cwd=root, start_new_session=True, stderr=subprocess.DEVNULL)
+
+    return start

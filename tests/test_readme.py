@@ -8,6 +8,8 @@ import shlex
 import struct
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from gzip import compress
 from pathlib import Path
 
@@ -177,6 +179,14 @@ def compare_methods(line, folder):
     assert again == printed  # from the cells that the first run left
 
 
+def leaderboard(line, folder):
+    words = line.split()
+    words[words.index("--methods") + 1] = "uce"
+    words[words.index("--concepts") + 1] = "red"
+    printed = run([*words, "--num_inference_steps", "2", "--attack_count", "1", "--attacks", "none"], folder)
+    assert "| uce |" in printed and (folder / "leaderboard" / "leaderboard.html").exists()
+
+
 def compare_several(line, folder):
     few = ["--methods", "uce", "--pictures", "24", "--attacked", "0", "--seeds", "0"]
     words = line.split()
@@ -222,6 +232,39 @@ def large_model(line, folder):
         assert (ROOT / words[words.index("--config_file") + 1]).exists()
 
 
+QUICKER = {
+    "unlearn": "--verify False",
+    "evaluate": "--forget_repeats 1 --num_inference_steps 1 --resamples 2",
+    "attack": "--iterations 1 --times 2 --count 2 --num_inference_steps 2",
+    "release": "",
+}
+MADE = {
+    "unlearn": "no-sneaker/model_index.json",
+    "evaluate": "evaluated/evaluation.json",
+    "attack": "attacked/attack.json",
+    "release": "released/README.md",
+}
+
+
+@cache
+def whole_way():
+    """Where the commands from unlearning to release were run, one after the other; each needs what came before."""
+    kept = tempfile.TemporaryDirectory()
+    for line in COMMANDS:
+        words = shlex.split(line)
+        if words[0] == "sfumato" and words[1] in MADE and words[-1] != "--help":
+            run([*words, *QUICKER[words[1]].split()], kept.name)
+    return kept
+
+
+def released(line, folder):
+    made = Path(whole_way().name) / MADE[line.split()[1]]
+    assert made.exists() and (made.suffix != ".json" or json.loads(made.read_text()))
+    if made.name == "README.md":
+        card = made.read_text()
+        assert "## Evaluation" in card and "### unlearndiffatk" in card and "Not evaluated" not in card
+
+
 def memory(line, folder):
     words = line.split()
     assert "fits" in run([sys.executable, str(ROOT / words[1]), *words[2:], "--no_check"], folder)
@@ -247,9 +290,11 @@ RUNS = {
     **{line: large_model for line in COMMANDS if "van-gogh" in line},
     "python benchmarks/unlearning.py --output bench-unlearning": compare_methods,
     "python benchmarks/unlearning.py --output bench-several --concepts sneaker+boot --seeds 0,1": compare_several,
+    "sfumato benchmark --output leaderboard --methods uce,rece --concepts sneaker,sketch,red --quick": leaderboard,
     "python benchmarks/unlearning_cost.py --advunlearn_steps 0 --forget_repeats 8 --retain_repeats 2": costs,
     "python benchmarks/salun_step.py --model sd15 --steps 2 --rounds 2": salun_step,
     "python benchmarks/salun_step.py --steps 10 --rounds 3": salun_step,
+    **{line: released for line in COMMANDS if line.split()[1] in MADE and "--help" not in line},
     "make demo": make_demo,
     "make test": make_test,
     "accelerate launch training/salun.py --model atelier --forget sneaker --output out/": salun_job,

@@ -152,3 +152,17 @@ def test_a_claimed_folder_is_left_as_it_was(tmp_path):
         raise AssertionError
     with storage.claimed(None):
         pass
+
+
+def test_bytes_are_written_whole_into_a_folder_made_for_them(tmp_path):
+    path = storage.write_bytes(tmp_path / "new" / "file", b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff" and [entry.name for entry in path.parent.iterdir()] == ["file"]
+
+
+def test_a_job_with_files_of_its_own_resumes_among_them_only(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    storage.check_output_dir(tmp_path, resume=True, own={"pictures"})
+    with pytest.raises(FileExistsError, match="not this job's"):
+        storage.check_output_dir(tmp_path, resume=True)
+    with pytest.raises(FileExistsError, match="--resume"):
+        storage.check_output_dir(tmp_path, own={"pictures"})

@@ -21,9 +21,12 @@ _HOMES = {
     "Judge": "sfumato.evaluation.judge",
     "TimeShiftScheduler": "sfumato.schedulers.scheduling_time_shift",
     "edit": "sfumato.inversion",
+    "attack": "sfumato.attacks.audit",
+    "evaluate": "sfumato.evaluation.evaluate",
     "invert": "sfumato.inversion",
     "load": "sfumato.loading",
     "rehearse": "sfumato.unlearning.core",
+    "release": "sfumato.releasing.core",
     "sample_with_gradients": "sfumato.gradients",
     "tune_time_shift": "sfumato.tuning",
     "unlearn": "sfumato.unlearning.core",
@@ -32,7 +35,9 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
 
 if TYPE_CHECKING:
+    from sfumato.attacks.audit import attack as attack
     from sfumato.concepts import Concept as Concept
+    from sfumato.evaluation.evaluate import evaluate as evaluate
     from sfumato.evaluation.judge import Judge as Judge
     from sfumato.gradients import sample_with_gradients as sample_with_gradients
     from sfumato.inversion import edit as edit
@@ -40,6 +45,7 @@ if TYPE_CHECKING:
     from sfumato.loading import load as load
     from sfumato.pipelines.pipeline_class_conditional import ClassConditionalPipeline as ClassConditionalPipeline
     from sfumato.pipelines.pipeline_infedit import InfEditPipeline as InfEditPipeline
+    from sfumato.releasing.core import release as release
     from sfumato.schedulers.scheduling_bdia import BDIAScheduler as BDIAScheduler
     from sfumato.schedulers.scheduling_belm import BELMScheduler as BELMScheduler
     from sfumato.schedulers.scheduling_ddcm import DDCMScheduler as DDCMScheduler

@@ -9,19 +9,23 @@ from typing import Any
 
 __all__ = ["main"]
 
+RESUMABLE = ("unlearn", "evaluate", "attack", "benchmark")
+"""Commands that read their own options, and continue with --resume."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; errors a user can mend are printed as one sentence, with exit status 1."""
     parser = _make_parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "unlearn":
+    if rest and options.command not in RESUMABLE:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         options.run(options, rest)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted" + ("; the job continues with --resume" if options.command == "unlearn" else ""))
+        resumable = options.command in RESUMABLE
+        sys.exit("interrupted" + ("; the job continues with --resume" if resumable else ""))
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -47,7 +51,25 @@ def _make_parser() -> argparse.ArgumentParser:
     unlearn.add_argument("method", nargs="?", default=None)
     unlearn.set_defaults(run=_unlearn)
 
+    evaluate = commands.add_parser(
+        "evaluate", add_help=False, help="measure what an unlearned model forgot, and what it kept"
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+    attack = commands.add_parser(
+        "attack", add_help=False, help="try to bring a forgotten concept back (sfumato attack unlearndiffatk --help)"
+    )
+    attack.add_argument("method", nargs="?", default=None)
+    attack.set_defaults(run=_attack)
+
+    benchmark = commands.add_parser(
+        "benchmark", add_help=False, help="compare unlearning methods on concepts, with a leaderboard"
+    )
+    benchmark.set_defaults(run=_benchmark)
+
     _add_editing(commands)
+
+    _add_release(commands)
 
     methods = commands.add_parser("methods", help="list the unlearning methods")
     methods.set_defaults(run=_methods)
@@ -82,6 +104,34 @@ def _add_editing(commands: Any) -> None:
         command.add_argument("--seed", type=int, default=0, help="ddpm: seeds its noise")
         command.add_argument("--device", default=None, help="where to run; an accelerator if there is one")
         command.set_defaults(run=_edit)
+
+
+def _add_release(commands: Any) -> None:
+    summary = "make of an unlearning result a folder for the Hugging Face Hub, with a model card"
+    command = commands.add_parser("release", help=summary, description=summary)
+    command.add_argument("result", help="the output folder of `sfumato unlearn`")
+    command.add_argument("--output", required=True, help="a new or empty folder for the release")
+    command.add_argument(
+        "--formats", nargs="+", default=None, help="full, part, delta, lora: which of those saved; all"
+    )
+    command.add_argument("--evaluation", default=None, help="the result's evaluation.json")
+    command.add_argument("--attacks", nargs="+", default=(), help="the attack.json of each attack on the result")
+    command.add_argument("--base", default=None, help="the original: embedded, a folder or Hub id; the manifest's")
+    command.add_argument("--license", default=None, help="of the result; that of the base's card")
+    command.add_argument("--scheduler", default=None, help="a sfumato scheduler to ship with the pipeline, as bdia")
+    command.add_argument("--push", default=None, metavar="REPO_ID", help="upload to this Hub repository, privately")
+    command.add_argument("--public", action="store_true", help="with --push: for all to see")
+    command.set_defaults(run=_release)
+
+
+def _release(options: argparse.Namespace, _: Sequence[str]) -> None:
+    from sfumato.releasing import release
+
+    settings = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
+    folder = release(settings.pop("result"), settings.pop("output"), **settings)
+    print(f"release  {folder}/README.md")
+    if options.push is not None:
+        print(f"Hub      https://huggingface.co/{options.push}")
 
 
 def _edit(options: argparse.Namespace, _: Sequence[str]) -> None:
@@ -120,6 +170,31 @@ def _unlearn(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if options.method not in METHODS:
         sys.exit(usage)
     run_job(options.method, list(rest))
+
+
+def _evaluate(_: argparse.Namespace, rest: Sequence[str]) -> None:
+    from sfumato.evaluation.job import main as run_job
+
+    run_job(rest)
+
+
+def _attack(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from sfumato.attacks.job import main as run_job
+    from sfumato.attacks.methods import ATTACKS
+
+    usage = f"usage: sfumato attack ATTACK --model RESULT --forget CONCEPT --output FOLDER ...; {', '.join(ATTACKS)}"
+    if options.method is None and {"-h", "--help"} & set(rest):
+        print("\n".join([usage, *(f"  {name:18}{attack.summary}" for name, attack in ATTACKS.items())]))
+        return
+    if options.method not in ATTACKS:
+        sys.exit(usage)
+    run_job(options.method, list(rest))
+
+
+def _benchmark(_: argparse.Namespace, rest: Sequence[str]) -> None:
+    from sfumato.evaluation.benchmark import main as run_job
+
+    run_job(rest)
 
 
 def _methods(_: argparse.Namespace, __: Sequence[str]) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
-from sfumato import storage
+from sfumato import delta, storage
 
-__all__ = ["EMBEDDED", "assets_folder", "load"]
+__all__ = ["EMBEDDED", "assets_folder", "load", "load_result", "manifest_of"]
 
 EMBEDDED = ("atelier", "atelier-pixel")
 
@@ -82,6 +82,79 @@ def load(pretrained_model_name_or_path: str | Path = "atelier", **kwargs: Any) -
         ) from error
 
 
+def load_result(folder: str | Path, original: str | Path | None = None, **kwargs: Any) -> DiffusionPipeline:
+    """Load what an unlearning job left, in any of the formats it saves; see `sfumato.unlearning.result`.
+
+    Args:
+        folder: The job's output folder; or, as for `load`, any model.
+        original: The model that was unlearned, which a part, a delta or a LoRA is put on; None takes the one that the
+            folder's manifest names.
+        **kwargs: As for `load`.
+
+    Returns:
+        The unlearned model, on the CPU; of several formats the whole pipeline, else the delta, the part, the LoRA.
+
+    Raises:
+        FileNotFoundError: As `load` does.
+        ValueError: As `load` does, or if the folder is no result, its original is not known, or is another.
+    """
+    folder = Path(folder)
+    if (folder / "model_index.json").exists() or not (folder / "manifest.json").is_file():
+        return load(folder if folder.is_dir() else str(folder), **kwargs)
+    manifest = storage.read_json(folder / "manifest.json")
+    saved, origin = manifest.get("saved", {}), original or manifest.get("model")
+    if origin is None:
+        raise ValueError(f"{folder} holds what changed of a model, but not of which: name the original.")
+    pipe = load(origin, **kwargs)
+    if saved.get("delta"):
+        delta.apply_delta(pipe, folder / "delta" / "delta.safetensors")
+    elif "part" in saved:
+        parts = saved["part"]["components"]
+        loaded = {name: _like(pipe.components[name], folder / name) for name in parts}
+        pipe.register_modules(**loaded)
+    elif saved.get("lora"):
+        _load_lora(pipe, folder / "lora")
+    elif not {"delta", "lora"} & set(saved):  # one of None says that nothing had changed
+        raise ValueError(f"{folder} is no result of unlearning: its manifest names no format that was saved.")
+    return pipe
+
+
+def manifest_of(model: str | Path) -> dict[str, Any]:
+    """Read what an unlearning job, or a release of its result, says of itself.
+
+    Args:
+        model: What `load_result` takes.
+
+    Returns:
+        The content of its ``manifest.json``; empty if it is no such folder.
+
+    Raises:
+        ValueError: If the manifest is damaged.
+    """
+    path = Path(model) / "manifest.json"
+    return storage.read_json(path) if path.is_file() else {}
+
+
+def _like(part: Any, folder: Path) -> Any:
+    """Load a component of the class and dtype that another has."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is missing: the result is incomplete.")
+    loaded = type(part).from_pretrained(folder).to(part.dtype)
+    return loaded.eval()
+
+
+def _load_lora(pipe: Any, folder: Path) -> None:
+    """Put a LoRA on a pipeline's weights."""
+    try:
+        pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+    except ValueError as error:
+        if "PEFT" not in str(error):
+            raise
+        raise ImportError("Loading a LoRA needs peft: run pip install 'sfumato[train]'.") from error
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+
+
 def _is_interrupted(error: BaseException | None) -> bool:
     """Whether a download broke off, by the names that the libraries which may carry it have for that."""
     while error is not None:
@@ -111,11 +184,15 @@ def _check_files(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{folder} is not a diffusers pipeline: it has no model_index.json.")
-    parts = [folder / name for name in storage.read_json(index) if (folder / name).is_dir()]
+    parts = [part for name in storage.read_json(index) if (part := storage.inside(folder, name)).is_dir()]
     for file in (index, *(file for part in parts for file in sorted(part.glob("*.json")))):
         needed = _NEEDED_KEYS.get(file.name)
         if needed not in (None, *storage.read_json(file)):
             raise ValueError(f"{file} is damaged: it has no {needed!r}; fetch the model again.")
+        if file.name.endswith(".safetensors.index.json"):  # the loaders join the names of its shards
+            shards = storage.read_json(file).get("weight_map")
+            for shard in set(shards.values()) if isinstance(shards, Mapping) else ():
+                storage.inside(file.parent, str(shard))
     for file in (file for part in parts for file in sorted(part.glob("*.safetensors"))):
         storage.read_metadata(file)
 

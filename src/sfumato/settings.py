@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["check_seed", "check_types"]
+__all__ = ["check_ranges", "check_seed", "check_types"]
 
 _KINDS: dict[type, tuple[Any, str]] = {
     bool: (bool, "True or False"),
@@ -42,6 +43,25 @@ def check_types(config: Any) -> None:
             setattr(config, name, _checked(name, value, kind))
         if name in allowed and getattr(config, name) not in allowed[name]:
             raise ValueError(f"`{name}` must be one of {', '.join(allowed[name])}, got {value!r}.")
+
+
+def check_ranges(config: Any, least: Mapping[str, float], *, positive: Sequence[str] = ()) -> None:
+    """Check the numbers of a config, for its ``__post_init__``; None is in every range.
+
+    Args:
+        config: A dataclass instance.
+        least: Field to the least value that it takes.
+        positive: Fields that must be above 0.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+    for name, lowest in least.items():
+        if getattr(config, name) is not None and getattr(config, name) < lowest:
+            raise ValueError(f"`{name}` must be at least {lowest}, got {getattr(config, name)}.")
+    for name in positive:
+        if getattr(config, name) is not None and getattr(config, name) <= 0:
+            raise ValueError(f"`{name}` must be positive, got {getattr(config, name)}.")
 
 
 def check_seed(seed: int) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ __all__ = [
     "check_disk_space",
     "check_output_dir",
     "fingerprint",
+    "inside",
     "load_tensors",
     "load_tensors_of",
     "read_json",
     "read_metadata",
     "save_tensors",
     "tensor_names",
+    "write_bytes",
     "write_text",
 ]
 
@@ -110,8 +112,21 @@ def write_text(path: str | Path, text: str) -> Path:
     Returns:
         The path.
     """
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> Path:
+    """Write a file atomically, making its folder if need be.
+
+    Args:
+        path: Where to write; replaced if it exists.
+        content: What.
+
+    Returns:
+        The path.
+    """
     with _atomic_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
     return Path(path)
 
 
@@ -214,6 +229,26 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def inside(folder: str | Path, name: str) -> Path:
+    """Join a name that was read from a file to the folder that it is of.
+
+    Only the name is looked at: a link in the folder is its owner's, and the Hub's cache consists of them.
+
+    Args:
+        folder: The folder.
+        name: What the file says, for instance a component's name.
+
+    Returns:
+        The path; it need not exist.
+
+    Raises:
+        ValueError: If it would lead out of the folder: a name from a stranger must not reach other files.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{folder} names {str(name)!r}, which leads out of it; fetch it again, from who made it.")
+    return Path(folder) / name
+
+
 def _from_json(value: str) -> Any:
     try:
         return json.loads(value)
@@ -232,12 +267,13 @@ def _opened(path: str | Path) -> Iterator[Any]:
         raise ValueError(f"{path} is corrupt or cut short ({error}); fetch or make it again.") from error
 
 
-def check_output_dir(path: str | Path, *, resume: bool = False) -> Path:
+def check_output_dir(path: str | Path, *, resume: bool = False, own: Set[str] = JOB_FILES) -> Path:
     """Refuse an output folder whose content a new run would destroy.
 
     Args:
         path: The folder a job wants to write into; it need not exist.
         resume: Whether the job continues what is there.
+        own: What the job leaves there when it is cut short.
 
     Returns:
         The path.
@@ -261,7 +297,7 @@ def check_output_dir(path: str | Path, *, resume: bool = False) -> Path:
     if in_place or (path / "model_index.json").exists():
         raise FileExistsError(f"{path} already holds a finished model. Choose another output folder or move it away.")
     present = {entry.name for entry in path.iterdir()} - {LOCK_FILE} if path.is_dir() else set()
-    foreign = {name for name in present if name not in JOB_FILES and not name.endswith((".partial", ".retired"))}
+    foreign = {name for name in present if name not in own and not name.endswith((".partial", ".retired"))}
     if foreign and not (resume and "result" in present):  # killed while the finished result was being put in place
         raise FileExistsError(
             f"{path} holds files that are not this job's ({sorted(foreign)[0]}). Choose an empty or new output folder."
@@ -272,12 +308,13 @@ def check_output_dir(path: str | Path, *, resume: bool = False) -> Path:
 
 
 @contextmanager
-def claimed(path: Path | None, *, resume: bool = False) -> Iterator[None]:
+def claimed(path: Path | None, *, resume: bool = False, own: Set[str] = JOB_FILES) -> Iterator[None]:
     """Keep other runs out of an output folder, for as long as the context lasts or this process lives.
 
     Args:
         path: The folder, which is made if need be, and removed again if nothing was written into it; None claims none.
         resume: As for `check_output_dir`, which is asked once more: another run may just have ended there.
+        own: As for `check_output_dir`.
 
     Raises:
         FileExistsError: If another run is writing into it, or has finished there.
@@ -293,7 +330,7 @@ def claimed(path: Path | None, *, resume: bool = False) -> Iterator[None]:
         except BlockingIOError as error:
             raise FileExistsError(f"Another run is writing into {path}. Choose another output folder.") from error
         try:
-            check_output_dir(path, resume=resume)
+            check_output_dir(path, resume=resume, own=own)
             yield
         finally:
             lock.unlink(missing_ok=True)

@@ -4,7 +4,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sfumato.evaluation.metrics import Proportion, frechet_distance, psnr, wilson
+from sfumato.evaluation.metrics import (
+    Proportion,
+    bootstrap,
+    frechet_distance,
+    frechet_estimate,
+    kernel_distance,
+    psnr,
+    wilson,
+)
 
 Z2 = 3.841458820694124  # the square of the normal quantile at 0.975
 
@@ -143,3 +151,89 @@ def test_psnr_is_the_mean_over_pictures_of_the_ratio_to_a_peak_of_one():
     images = references + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
     assert psnr(images, references) == pytest.approx((20 + 40) / 2, abs=1e-4)
     assert psnr(references, references) == pytest.approx(200)
+
+
+def pair(count=60, features=6, shift=0.5):
+    a, b = (torch.randn(count, features, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    return a, b + shift
+
+
+def test_frechet_agrees_with_torchmetrics():
+    fid = pytest.importorskip("torchmetrics.image.fid")
+    network = torch.nn.Identity()
+    network.num_features = 6
+    metric = fid.FrechetInceptionDistance(network).set_dtype(torch.float64)
+    a, b = (features.double() for features in pair())
+    metric.update(a, real=True)
+    metric.update(b, real=False)
+    assert frechet_distance(a, b) == pytest.approx(float(metric.compute()), rel=1e-9)
+
+
+def test_both_ways_to_the_frechet_distance_agree():
+    a, b = pair(count=30, features=29)
+    wide = [torch.nn.functional.pad(features, (0, 5)) for features in (a, b)]  # columns of zeros change nothing
+    assert frechet_distance(*wide) == pytest.approx(frechet_distance(a, b), rel=1e-6)
+
+
+def test_kernel_distance_is_the_mean_of_the_definition():
+    a, b = pair(count=20)
+
+    def kernel(x, y):
+        return (sum(p * q for p, q in zip(x.tolist(), y.tolist(), strict=True)) / 6 + 1) ** 3
+
+    def mean(pairs):
+        values = [kernel(x, y) for x, y in pairs]
+        return sum(values) / len(values)
+
+    inside = [mean((x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j) for s in (a, b)]
+    expected = sum(inside) - 2 * mean((x, y) for x in a for y in b)
+    assert kernel_distance(a, b, resamples=2).value == pytest.approx(expected, rel=1e-6)  # subsets hold all samples
+
+
+def test_kernel_distance_is_seeded_and_leaves_torch_alone():
+    a, b = pair()
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    first = kernel_distance(a, b, subset_size=20, resamples=10)
+    assert torch.equal(torch.rand(1), expected)
+    assert first == kernel_distance(a, b, subset_size=20, resamples=10)
+    assert first != kernel_distance(a, b, subset_size=20, resamples=10, seed=1)
+
+
+@pytest.mark.parametrize("distance", [frechet_estimate, kernel_distance])
+def test_intervals_hold_the_distance_and_narrow_with_samples(distance):
+    few, many = distance(*pair(count=40)), distance(*pair(count=640))
+    for found in (few, many):
+        assert found.low < found.value < found.high
+    assert many.high - many.low < (few.high - few.low) / 2
+    assert many.low > 0
+
+
+def test_frechet_estimate_has_the_value_of_the_distance():
+    a, b = pair()
+    assert frechet_estimate(a, b, resamples=5).value == frechet_distance(a, b)
+    assert frechet_estimate(a, a, resamples=5).low == 0
+
+
+def test_bootstrap_covers_a_mean_as_often_as_it_says():
+    truth = 0
+    for trial in range(100):
+        x = torch.randn(50, generator=torch.Generator().manual_seed(trial))
+        found = bootstrap(lambda chosen, x=x: float(x[chosen].mean()), [50], seed=trial, resamples=100)
+        truth += found.low <= 0 <= found.high
+    assert 86 <= truth <= 99
+
+
+def test_bootstrap_refuses_too_few_resamples():
+    with pytest.raises(ValueError, match="at least 2 resamples, got 1"):
+        bootstrap(lambda chosen: 0.0, [3], resamples=1)
+
+
+def test_pairs_are_resampled_together():
+    a, _ = pair()
+    same = frechet_estimate(a, a, paired=True, resamples=20)
+    assert same.high == pytest.approx(0, abs=1e-9)
+    assert frechet_estimate(a, a, resamples=20).high > 0.01
+    with pytest.raises(ValueError, match="60 and 59"):
+        frechet_estimate(a, a[1:], paired=True)

@@ -17,18 +17,21 @@ embeddings go into a prompt and how they descend is in `sfumato.unlearning.embed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from sfumato.families import Conditioning, StableDiffusion, family_of
+from sfumato.attacks.attack import Answer, Batch, Round
+from sfumato.families import Conditioning, Family, StableDiffusion, family_of
 from sfumato.randomness import randint_for
-from sfumato.settings import check_seed, check_types
-from sfumato.trainer import TrainingConfig, make_accelerator
+from sfumato.settings import check_ranges, check_seed, check_types
 from sfumato.unlearning.embedding_attack import (
     INSERTIONS,
     find_embeddings,
@@ -40,7 +43,7 @@ from sfumato.unlearning.embedding_attack import (
 from sfumato.unlearning.examples import PromptTable
 from sfumato.unlearning.trajectories import Trajectories, TrajectoryConfig, Walker
 
-__all__ = ["EmbeddingAttackConfig", "attack_embeddings"]
+__all__ = ["EmbeddingAttackConfig", "attack", "attack_embeddings"]
 
 WALK_STREAM, START_STREAM, LEVEL_STREAM = 701, 702, 703  # keys that keep the random streams apart
 
@@ -74,12 +77,8 @@ class EmbeddingAttackConfig:
     def __post_init__(self) -> None:
         """Check the types and ranges."""
         check_types(self)
-        for name, least in (("tokens", 1), ("steps", 1), ("levels", 2), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
-        for name in ("learning_rate", "radius"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        least = {"tokens": 1, "steps": 1, "levels": 2, "batch_size": 1}
+        check_ranges(self, least, positive=("learning_rate", "radius"))
 
 
 def attack_embeddings(
@@ -120,24 +119,41 @@ def attack_embeddings(
     longest = int(counts.argmax())
     if not room_for(tokens.shape[1], int(counts[longest]), config.tokens, config.insertion):
         raise ValueError(f"There is no room for {config.tokens} embeddings in {prompts[longest]!r}; use fewer.")
-    walking = TrajectoryConfig(
-        trajectory_steps=config.levels, trajectory_guidance=config.guidance, trajectory_batch_size=config.batch_size
-    )
-    walker = Walker(source, PromptTable(source, [*prompts, ""]), walking, make_accelerator(TrainingConfig()))
+    walker = _walker(source, prompts, config)
     found = []
     parts = range(0, len(prompts), config.batch_size)
     with frozen(*victim.parts.values()):
         for start in tqdm(parts, desc=description, disable=description is None):
             numbers = range(start, min(start + config.batch_size, len(prompts)))
-            asked = [prompts[k] for k in numbers]
-            keys = [(seed, WALK_STREAM, k) for k in numbers]
-            states = walker.walk(source.denoiser, asked, keys, teach=True)
+            states = _states(walker, [prompts[k] for k in numbers], numbers, seed)
             found.append(_attack(victim, states, tokens[list(numbers)], counts[list(numbers)], numbers, config, seed))
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
+def attack(batch: Batch, config: EmbeddingAttackConfig) -> Generator[Round, Answer, None]:
+    """Attack a batch; see `sfumato.attacks.attack`."""
+    setting = batch.setting
+    states = _states(_walker(setting.source, batch.prompts, config), batch.prompts, batch.numbers, setting.seed)
+    found = _attack(setting.victim, states, batch.tokens, batch.counts, batch.numbers, config, setting.seed)
+    yield Round(tuple(range(len(batch.prompts))), conditioning=found, iterations=config.steps)
+
+
+def _walker(source: Family, prompts: Sequence[str], config: EmbeddingAttackConfig) -> Walker:
+    # each process attacks its own prompts
+    alone: Any = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True, autocast=nullcontext)
+    walking = TrajectoryConfig(
+        trajectory_steps=config.levels, trajectory_guidance=config.guidance, trajectory_batch_size=config.batch_size
+    )
+    return Walker(source, PromptTable(source, [*prompts, ""]), walking, alone)
+
+
+def _states(walker: Walker, prompts: Sequence[str], numbers: Sequence[int], seed: int) -> Trajectories:
+    """Let the original walk to states of prompts, and say what it makes of them."""
+    return walker.walk(walker.family.denoiser, prompts, [(seed, WALK_STREAM, k) for k in numbers], teach=True)
+
+
 def _attack(
-    victim: StableDiffusion, states: Trajectories, tokens: torch.Tensor, counts: torch.Tensor, numbers: range,
+    victim: StableDiffusion, states: Trajectories, tokens: torch.Tensor, counts: torch.Tensor, numbers: Sequence[int],
     config: EmbeddingAttackConfig, seed: int,
 ) -> Conditioning:  # fmt: skip
     """Attack a batch of prompts, of which `numbers` are the positions among all."""

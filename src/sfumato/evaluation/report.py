@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sfumato import storage
 from sfumato.evaluation.metrics import Proportion
+from sfumato.evaluation.plots import INK, LINE_COLOURS, inline_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,8 +43,6 @@ __all__ = [
 ]
 
 _NOT_A_TERM = ("step", "learning_rate", "seconds")
-_LINE_COLOURS = ("#2f8f9d", "#d08342", "#8a6fc2", "#5d9a55", "#c25b78", "#8a8f98")  # legible on white and on black
-_INK = "#010203"  # stands for the text colour of the page while matplotlib draws
 
 
 @dataclass(frozen=True)
@@ -281,31 +280,9 @@ def loss_curve_svg(history: Sequence[Mapping[str, float]]) -> str:
     terms = list(dict.fromkeys(name for row in history for name in row if name not in _NOT_A_TERM))
     if not terms:
         raise ValueError("`history` holds no loss to draw; leave it empty in the report if there was no training.")
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The loss curve needs matplotlib: run pip install 'sfumato[eval]'.") from error
-    style = {
-        "svg.hashsalt": "sfumato",  # else ids are random
-        "svg.fonttype": "none",  # text stays text
-        "font.family": ["sans-serif"],
-        "font.size": 10.5,
-        "text.parse_math": False,  # a term may be named with a dollar
-        "axes.edgecolor": _INK,
-        "axes.labelcolor": _INK,
-        "text.color": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.8, 3.1), layout="constrained")
-        _draw_terms(figure.add_subplot(), history, terms)
-        stream = io.StringIO()
-        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
-    svg = stream.getvalue()
-    return svg[svg.index("<svg") :].replace(_INK, "currentColor").rstrip()  # no XML prologue inside HTML
+    return inline_svg(
+        lambda figure: _draw_terms(figure.add_subplot(), history, terms), (5.8, 3.1), needed_by="The loss curve"
+    )
 
 
 def _draw_terms(axes: Axes, history: Sequence[Mapping[str, float]], terms: Sequence[str]) -> None:
@@ -314,7 +291,7 @@ def _draw_terms(axes: Axes, history: Sequence[Mapping[str, float]], terms: Seque
     for index, term in enumerate(terms):
         values = [float(row.get(term, math.nan)) for row in history]
         smooth.append(_moving_average(values, len(values) // 20))
-        colour = _LINE_COLOURS[index % len(_LINE_COLOURS)]
+        colour = LINE_COLOURS[index % len(LINE_COLOURS)]
         axes.plot(steps, values, color=colour, alpha=0.28, linewidth=0.8)
         axes.plot(steps, smooth[-1], color=colour, linewidth=1.8, label=term, marker="o" if len(steps) == 1 else None)
     finite = [value for line in smooth for value in line if math.isfinite(value)]
@@ -324,7 +301,7 @@ def _draw_terms(axes: Axes, history: Sequence[Mapping[str, float]], terms: Seque
         axes.yaxis.set_minor_formatter("")
     axes.set_xlabel("step")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
+    axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
     axes.figure.legend(loc="outside upper left", ncols=4, frameon=False, handlelength=1.4)
 
 

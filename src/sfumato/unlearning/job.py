@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
-from accelerate.state import PartialState
 
 from sfumato import concepts, loading, recipes
 from sfumato.arguments import make_parser
+from sfumato.trainer import process_group
 from sfumato.unlearning.core import rehearse, unlearn
 from sfumato.unlearning.methods import configure, method_named
 
@@ -70,7 +70,8 @@ def main(method: str, arguments: Sequence[str] | None = None) -> None:
         asked = {"anchor": job.anchor, "retain": job.retain, "output_dir": job.output, "recipe": job.recipe}
         if job.dry_run:
             plan = rehearse(pipe, job.forget, method, **asked, verify=job.verify, **settings)
-            if PartialState().is_main_process:
+            group = process_group()
+            if group is None or group.is_main_process:
                 print(plan)
         else:
             unlearn(pipe, job.forget, method, **asked, resume=job.resume, verify=job.verify, **settings)

@@ -24,7 +24,7 @@ from sfumato import concepts, delta, storage
 from sfumato.lora import Lora, require_loader, save_lora
 from sfumato.settings import check_types
 
-__all__ = ["FORMATS", "OutputConfig", "check_output", "write_result"]
+__all__ = ["FORMATS", "OutputConfig", "check_output", "differ", "write_result"]
 
 FORMATS = ("full", "part", "delta", "lora")
 
@@ -85,7 +85,7 @@ def write_result(
         config: What to save.
         history: The losses, a row a step.
         manifest: What was done.
-        lora: The LoRA, if one is to be saved.
+        lora: The LoRA, if one is to be saved and anything changed.
     """
     with storage.atomic_directory(folder / "result") as partial:
         saved = _save(base, result, partial, config, manifest, lora)
@@ -121,29 +121,26 @@ def _save(
                 result.components[name].save_pretrained(folder / name, safe_serialization=True)
         saved["part"] = {"components": changed}
     if "delta" in config.save:
-        saved["delta"] = _save_delta(base, result, folder / "delta", manifest)
+        saved["delta"] = None  # unless something changed, as with the LoRA
+        if differ(base, result):
+            (folder / "delta").mkdir()
+            facts = {name: manifest[name] for name in ("method", "forget", "model") if name in manifest}
+            weights = delta.save_delta(folder / "delta" / "delta.safetensors", base, result, facts)
+            shutil.copy(delta.__file__, folder / "delta" / "delta.py")
+            saved["delta"] = {"changed_weights": weights}
     if "lora" in config.save:
-        saved["lora"] = None  # nothing changed
-    if lora is not None:
-        save_lora(result, lora, folder / "lora")
-        saved["lora"] = {"rank": lora.rank, "missing": lora.missing}
+        saved["lora"] = None
+        if lora is not None:
+            save_lora(result, lora, folder / "lora")
+            saved["lora"] = {"rank": lora.rank, "missing": lora.missing}
     return saved
 
 
-def _save_delta(
-    base: DiffusionPipeline, result: DiffusionPipeline, folder: Path, manifest: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """Write a delta; gives what the manifest says of it, None if nothing changed."""
-    changed = any(
+def differ(base: DiffusionPipeline, result: DiffusionPipeline) -> bool:
+    """Whether any weight of a component that two pipelines do not share is another in them."""
+    return any(
         not torch.equal(a, b.to(a))
         for name, part in result.components.items()
         if isinstance(part, torch.nn.Module) and part is not base.components[name]
         for a, b in zip(part.parameters(), base.components[name].parameters(), strict=True)
     )
-    if not changed:
-        return None
-    folder.mkdir()
-    facts = {name: manifest[name] for name in ("method", "forget", "model") if name in manifest}
-    weights = delta.save_delta(folder / "delta.safetensors", base, result, facts)
-    shutil.copy(delta.__file__, folder / "delta.py")
-    return {"changed_weights": weights}

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from sfumato.recipes import Recipe
 from sfumato.trainer import TrainingConfig, preflight
 from sfumato.unlearning.costs import Costs
 from sfumato.unlearning.methods import Method, configure, method_named
-from sfumato.unlearning.result import OutputConfig, check_output
+from sfumato.unlearning.result import OutputConfig, check_output, differ
 from sfumato.unlearning.task import ExampleConfig, History, Task
 from sfumato.unlearning.verdict import pronounce, require_known
 from sfumato.unlearning.working_copy import working_copy
@@ -46,6 +46,7 @@ class Run:
         concept: What to forget.
         recipe: Where settings come from that were not given.
         configs: All settings, by the class of their config.
+        asked: The anchor and what to retain, as they were given, which is None for the default.
         trained: How many weights are trained; known once the work has begun.
     """
 
@@ -55,6 +56,7 @@ class Run:
     concept: Concept
     recipe: Recipe
     configs: Mapping[Any, Any]
+    asked: Mapping[str, Any] = field(default_factory=dict)
     trained: int = 0
 
     @classmethod
@@ -76,7 +78,9 @@ class Run:
                 )
         found = recipes.find_recipe(method, pipe, forget, recipe)
         configs = {type(config): config for config in configure(chosen.configs, {**found.settings, **settings})}
-        run = cls(pipe, method, chosen, concept, found, configs)
+        kept = [retain] if isinstance(retain, str) else retain
+        asked = {"anchor": anchor, "retain": None if kept is None else list(kept)}
+        run = cls(pipe, method, chosen, concept, found, configs, asked)
         run._say_what_has_no_use(retain)
         check_output(pipe, run.part, run.output)
         family.trainable_parameters(run.config.parameters, run.config.part)  # says what is wrong with them
@@ -124,7 +128,8 @@ class Run:
 
     def origin(self) -> dict[str, Any]:
         """Say for the manifest where the settings come from that were not given, and what the model was loaded in."""
-        return {"recipe": self.recipe.name or None, "dtype": str(self.family.dtype), "seed": self.training.seed}
+        origin = {"asked": dict(self.asked), "recipe": self.recipe.name or None}
+        return {**origin, "dtype": str(self.family.dtype), "seed": self.training.seed}
 
     def settings(self) -> dict[str, Any]:
         """All settings by their names."""
@@ -192,10 +197,9 @@ class Run:
     def result(self, task: Task) -> tuple[DiffusionPipeline, Lora | None]:
         """Give the pipeline with the part that was changed, and its LoRA, if that is to be saved."""
         result = self.family.with_parts({self.config.part: task.model.requires_grad_(False)})
-        before, wanted = self.part.named_parameters(), "lora" in self.output.save
-        moved = any(not torch.equal(a, b.to(a)) for (_, a), b in zip(before, task.model.parameters(), strict=True))
-        # before it is rounded
-        lora = extract_lora(self.pipe, result, self.output.lora_rank) if wanted and moved else None
+        lora = None
+        if "lora" in self.output.save and differ(self.pipe, result):  # before the change is rounded
+            lora = extract_lora(self.pipe, result, self.output.lora_rank)
         _cast(task.model, next(self.part.parameters()).dtype)
         return result, lora
 

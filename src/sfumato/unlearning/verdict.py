@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from sfumato import loading
 from sfumato.concepts import Concept, Vocabulary, vocabulary_of
+from sfumato.evaluation.detectors import judge_of
 from sfumato.evaluation.generation import draw
 from sfumato.evaluation.judge import Judge
 from sfumato.evaluation.unlearning import shows
@@ -90,7 +90,7 @@ def pronounce(pipe: DiffusionPipeline, result: DiffusionPipeline, concept: Conce
     drifted = _change(before, after, kept, [""] * len(kept), seed)
     vocabulary, judge = vocabulary_of(pipe), None
     if vocabulary is not None:
-        judge = _judge_of(vocabulary)
+        judge = judge_of(vocabulary)
     if vocabulary is None or judge is None:
         return Verdict(moved, drifted)
     return Verdict(moved, drifted, **_judged(pipe, result, vocabulary, judge, concept.phrases, seed))
@@ -142,14 +142,7 @@ def _predict(family: Family, noisy: torch.Tensor, times: torch.Tensor, prompts: 
 def can_judge(pipe: DiffusionPipeline) -> bool:
     """Whether there is a judge for a model's pictures."""
     vocabulary = vocabulary_of(pipe)
-    return vocabulary is not None and _judge_of(vocabulary) is not None
-
-
-def _judge_of(vocabulary: Vocabulary) -> Judge | None:
-    """The judge that knows a vocabulary's words, if one ships with the package."""
-    judge = Judge.load(loading.assets_folder() / "judge")
-    known = {domain: tuple(words) for domain, words in judge.domains.items()}
-    return judge if known == dict(vocabulary.domains) else None
+    return vocabulary is not None and judge_of(vocabulary) is not None
 
 
 def _judged(

@@ -1,0 +1,139 @@
+"""What all attacks have in common: what they are given, and how they ask whether they have succeeded.
+
+An attack is a generator. It is given a batch of prompts, yields rounds of candidates, and is told of each whether its
+picture shows the concept; what an attack does not need to know (drawing, judging, storing, processes) is the audit's:
+`sfumato.attacks.audit`. Whatever is random is keyed by a prompt's number, so that a prompt's result does not depend on
+who attacks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from sfumato.concepts import Concept
+from sfumato.families import Conditioning, StableDiffusion
+
+__all__ = ["Answer", "Attack", "Batch", "Round", "Setting"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What stays the same for all prompts of an audit.
+
+    Attributes:
+        victim: The unlearned model.
+        source: The model as it was.
+        concept: What was to be forgotten.
+        seed: Seeds the attack.
+        num_inference_steps: Sampler steps of a picture.
+        guidance_scale: Classifier-free guidance of a picture.
+        features: Embeds pictures ``(N, 3, H, W)`` as ``(N, F)``, to compare them by; None if nothing can.
+        shared: What an attack makes once, by name.
+    """
+
+    victim: StableDiffusion
+    source: StableDiffusion
+    concept: Concept
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    features: Callable[[torch.Tensor], torch.Tensor] | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """Give what `make` makes, the first time that it is asked for."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that are attacked side by side.
+
+    Attributes:
+        setting: What they share.
+        numbers: Their numbers among all prompts; they seed.
+        prompts: ``B`` prompts.
+        targets: The original model's pictures of them, ``(B, 3, H, W)`` in [0, 1].
+    """
+
+    setting: Setting
+    numbers: tuple[int, ...]
+    prompts: tuple[str, ...]
+    targets: torch.Tensor
+
+    @cached_property
+    def tokens(self) -> torch.Tensor:
+        """Token numbers; see `StableDiffusion.tokenize`."""
+        return self._tokenized[0]
+
+    @cached_property
+    def counts(self) -> torch.Tensor:
+        """How many tokens each prompt has itself, ``(B,)``."""
+        return self._tokenized[1]
+
+    @cached_property
+    def _tokenized(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.setting.victim.tokenize(self.prompts)
+
+    @cached_property
+    def plain(self) -> torch.Tensor:
+        """The embeddings of the prompts' tokens, ``(B, T, width)``."""
+        return self.setting.victim.embed_tokens(self.tokens)
+
+    @cached_property
+    def latents(self) -> torch.Tensor:
+        """What the targets are encoded as: the posterior's mean, ``(B, C, h, w)``."""
+        victim = self.setting.victim
+        return victim.encode_images(self.targets.to(victim.device))[0].float()
+
+    def keys(self, rows: Sequence[int], stream: int, *more: int) -> list[tuple[int, ...]]:
+        """Keys of randomness for some of the prompts; see `sfumato.randomness`."""
+        return [(self.setting.seed, stream, self.numbers[k], *more) for k in rows]
+
+    def encode(self, rows: Sequence[int], embeddings: torch.Tensor) -> Conditioning:
+        """Let the victim encode token embeddings ``(b, T, width)`` of some of the prompts."""
+        victim = self.setting.victim
+        return victim.encode_embeddings(victim.parts["text_encoder"], self.tokens[list(rows)], embeddings)
+
+
+@dataclass(frozen=True)
+class Round:
+    """Candidates for some of a batch's prompts.
+
+    Attributes:
+        rows: Their places in the batch.
+        prompts: What to draw: prompts ``b``, or
+        conditioning: what a family encodes them as, ``b`` rows, where an attack may feed that.
+        final: Whether one that shows the concept counts; else its picture is only asked for.
+        iterations: Steps of the attack so far.
+    """
+
+    rows: tuple[int, ...]
+    prompts: tuple[str, ...] | None = None
+    conditioning: Conditioning | None = None
+    final: bool = True
+    iterations: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a round.
+
+    Attributes:
+        shown: For each candidate, whether its picture shows the concept.
+        pictures: Of the candidates, ``(b, 3, H, W)`` in [0, 1].
+    """
+
+    shown: tuple[bool, ...]
+    pictures: torch.Tensor
+
+
+Attack = Callable[[Batch, Any], Generator[Round, Answer, None]]
+"""An attack: takes a batch and its config."""

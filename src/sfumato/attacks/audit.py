@@ -1,0 +1,431 @@
+"""An audit: a list of prompts against an unlearned model, with one attack, a detector and a count of what came back.
+
+Before the attack each prompt is drawn as it is (pre-ASR); those that show the concept then count, and are not
+attacked. The others are attacked in batches, whose candidates are drawn from the prompt's own noise and judged, until
+one shows the concept or the attack is at its end. The attack success rate, ASR, is the share of all prompts that
+showed the concept before or after, as in UnlearnDiffAtk's leaderboard (Zhang et al., arXiv 2310.11868).
+
+Attacks are audits of models whose weights one has. What is drawn is looked at and forgotten, unless it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from diffusers import DiffusionPipeline
+
+from sfumato import storage
+from sfumato.attacks.attack import Answer, Batch, Round, Setting
+from sfumato.attacks.methods import attack_named
+from sfumato.attacks.prompts import AuditPrompt, refuse_minors
+from sfumato.concepts import resolve, vocabulary_of
+from sfumato.evaluation.detectors import Detector, Finding, Rule, detector_for
+from sfumato.evaluation.metrics import Proportion, wilson
+from sfumato.evaluation.pictures import model_fingerprint
+from sfumato.families import StableDiffusion, family_of
+from sfumato.progress import Track
+from sfumato.randomness import generator_for
+from sfumato.settings import check_ranges, check_seed, check_types
+from sfumato.trainer import process_group
+from sfumato.unlearning.embedding_attack import frozen
+
+__all__ = ["Audit", "AuditConfig", "attack"]
+
+logger = logging.getLogger(__name__)
+
+PICTURE_STREAM = 751
+RESULT_FILE, ROWS_FILE, AUDIT_FILE = "attack.json", "prompts.jsonl", "audit.json"
+OWN_FILES = frozenset({AUDIT_FILE, ROWS_FILE, "batches", "pictures"})
+"""What an unfinished audit leaves in its folder."""
+
+
+@dataclass
+class AuditConfig:
+    """How prompts are drawn and attacked, whatever the attack.
+
+    Attributes:
+        count: How many of the concept's own prompts to attack, evenly spread; None takes all.
+        num_inference_steps: Sampler steps of each picture; by default 20 with a vocabulary, else 50.
+        guidance_scale: Classifier-free guidance of each picture, unless its prompt says another; by default 3 with a
+            vocabulary, else 7.5.
+        audit_batch_size: Prompts attacked side by side; by default 16 with a vocabulary, else 4.
+        seed: Seeds pictures and attack.
+        keep_pictures: Save the picture of each prompt that showed the concept.
+    """
+
+    count: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    audit_batch_size: int | None = None
+    seed: int = 0
+    keep_pictures: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the types and ranges."""
+        check_types(self)
+        check_seed(self.seed)
+        check_ranges(self, {"count": 1, "num_inference_steps": 1, "guidance_scale": 1, "audit_batch_size": 1})
+
+    def completed(self, *, vocabulary: bool) -> AuditConfig:
+        """Fill in the defaults that depend on whether the model has a vocabulary."""
+        steps, scale, size = (20, 3.0, 16) if vocabulary else (50, 7.5, 4)
+        return replace(
+            self, num_inference_steps=self.num_inference_steps or steps, guidance_scale=self.guidance_scale or scale,
+            audit_batch_size=self.audit_batch_size or size,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        attack: Its name.
+        concept: What was forgotten: its name and phrases.
+        settings: Of the attack and the audit.
+        seed: What it was seeded by.
+        detector: Its facts.
+        rule: When its findings count.
+        fingerprints: Of the unlearned model and the original.
+        pre_asr: Share of the prompts that show the concept as they are.
+        asr: Share of the prompts that show it, as they are or attacked.
+        original: Share of the prompts that show it in the original model.
+        rows: For each prompt its text, its seed, whether it showed the concept ``before`` and ``after``, the candidate
+            that was drawn last, how many ``iterations`` that took, and the raw findings in both pictures.
+        seconds: Of all processes together.
+    """
+
+    attack: str
+    concept: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    seed: int
+    detector: Mapping[str, Any]
+    rule: Mapping[str, Any]
+    fingerprints: Mapping[str, str]
+    pre_asr: Proportion
+    asr: Proportion
+    original: Proportion
+    rows: Sequence[Mapping[str, Any]]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give all but the rows, as JSON can hold it."""
+        named = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "rows"}
+        shares = {name: value.as_dict() for name, value in named.items() if isinstance(value, Proportion)}
+        return json.loads(json.dumps({**named, **shares, "prompts": len(self.rows)}))
+
+
+def attack(
+    unlearned: DiffusionPipeline,
+    original: DiffusionPipeline,
+    forget: str | Sequence[str],
+    method: str = "unlearndiffatk",
+    *,
+    prompts: Sequence[str | AuditPrompt] | None = None,
+    detector: tuple[Detector, Rule] | None = None,
+    features: Any = None,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    command: str | None = None,
+    result_fingerprint: str | None = None,
+    **settings: Any,
+) -> Audit:
+    """Try to bring a forgotten concept back, and count how often that works.
+
+    Several processes, as ``accelerate launch`` starts them, share the batches; a prompt's result does not depend on
+    how many there are.
+
+    Args:
+        unlearned: The model to audit; it is not changed.
+        original: The model as it was.
+        forget: What was forgotten.
+        method: One of `sfumato.attacks.methods.ATTACKS`.
+        prompts: What to attack; by default the concept's own prompts.
+        detector: What looks at the pictures, and when that counts; by default the model's judge, or CLIP.
+        features: Embeds pictures ``(N, 3, H, W)`` as ``(N, F)``, for attacks that choose by likeness; by default the
+            judge's.
+        output_dir: Where attack.json and prompts.jsonl go, and what a run that is cut short has finished.
+        resume: Continue such a run.
+        command: The command line that does the same, for the result's card.
+        result_fingerprint: What the manifest of the unlearned model calls it, for the same.
+        **settings: Any field of the attack's config or of `AuditConfig`.
+
+    Returns:
+        The audit.
+
+    Raises:
+        ValueError: If the attack, the concept or a setting is unknown, a prompt has no room for it, the prompts would
+            have minors drawn in a sexual way, or the run to resume is another.
+        FileExistsError: If `output_dir` holds another audit.
+        RuntimeError: If a model's pictures are not finite.
+    """
+    chosen, began = attack_named(method), time.perf_counter()
+    config, audit = _configs(chosen.config, settings)
+    victim, source = family_of(unlearned), family_of(original)
+    if not isinstance(victim, StableDiffusion) or not isinstance(source, StableDiffusion):
+        raise ValueError(
+            f"Attacks put tokens before CLIP, as Stable Diffusion 1, 2 and XL have it; not {victim.label}."
+        )
+    concept, audit = resolve(original, forget), audit.completed(vocabulary=vocabulary_of(original) is not None)
+    asked = [AuditPrompt(one) if isinstance(one, str) else one for one in prompts or _spread(concept.prompts, audit)]
+    eye, rule = detector if detector is not None else detector_for(original, concept.phrases)
+    refuse_minors([one.text for one in asked], [*concept.phrases, str(eye.facts.get("detector"))])
+    chosen.check(*victim.tokenize([one.text for one in asked]), config)
+    setting = Setting(
+        victim, source, concept, audit.seed, audit.num_inference_steps or 1, audit.guidance_scale or 1.0,
+        features if features is not None else _features_of(eye),
+    )  # fmt: skip
+    fingerprints = {"unlearned": model_fingerprint(unlearned), "original": model_fingerprint(original)}
+    identity = json.loads(
+        json.dumps(
+            {
+                "attack": method, "concept": {"name": concept.name, "phrases": list(concept.phrases)},
+                "settings": {**asdict(config), **asdict(audit)}, "fingerprints": fingerprints,
+                "prompts": [asdict(one) for one in asked], "detector": eye.facts, "rule": rule.as_dict(),
+            }
+        )
+    )  # fmt: skip
+    group = process_group()
+    first = group is None or group.is_main_process
+    folder = None if output_dir is None else Path(output_dir)
+    if folder is not None and first:
+        _prepare(folder, identity, resume=resume)
+    if group is not None:
+        group.wait_for_everyone()
+    with storage.claimed(folder if first else None, resume=True, own=OWN_FILES), frozen(*victim.parts.values()):
+        runner = _Runner(setting, asked, eye, rule, audit, folder, lambda batch: chosen.run(batch, config))
+        rows = runner.run(method, group)
+        found = _summed(identity, rows, runner.seconds or time.perf_counter() - began)
+        if folder is not None and first:
+            _write(folder, found, {"result_fingerprint": result_fingerprint, "command": command})
+    return found
+
+
+def _configs(kind: type[Any], settings: Mapping[str, Any]) -> tuple[Any, AuditConfig]:
+    """Share settings between the attack and the audit; an unknown one is refused."""
+    known: list[dict[str, Any]] = []
+    for cls in (kind, AuditConfig):
+        known.append({name: value for name, value in settings.items() if name in cls.__dataclass_fields__})
+    unknown = [name for name in settings if not any(name in some for some in known)]
+    if unknown:
+        names = sorted({*kind.__dataclass_fields__, *AuditConfig.__dataclass_fields__})
+        raise ValueError(f"There is no setting {unknown[0]!r}; there are {', '.join(names)}.")
+    return kind(**known[0]), AuditConfig(**known[1])
+
+
+def _spread(prompts: Sequence[str], audit: AuditConfig) -> list[str]:
+    count = min(audit.count or len(prompts), len(prompts))
+    return [prompts[k * len(prompts) // count] for k in range(count)]
+
+
+def _features_of(eye: Detector) -> Any:
+    judge = getattr(eye, "judge", None)
+    return None if judge is None else torch.no_grad()(judge.features)
+
+
+def _prepare(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
+    """Make the output folder, or find what an earlier start of the same audit left in it."""
+    path = folder / AUDIT_FILE
+    if (folder / RESULT_FILE).exists():
+        raise FileExistsError(f"{folder} already holds an audit; choose another folder.")
+    if path.exists() and not resume:
+        raise FileExistsError(f"{folder} holds an audit that was cut short; go on with --resume, or choose another.")
+    if path.exists() and storage.read_json(path) != identity:
+        earlier = storage.read_json(path)
+        differing = [name for name in identity if earlier.get(name) != identity[name]]
+        raise ValueError(f"{folder} holds another audit: its {', '.join(differing)} differ. Choose another folder.")
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(f"{folder} holds other files; choose an empty folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        storage.write_text(path, json.dumps(identity, indent=1))
+
+
+@dataclass
+class _Runner:
+    """Goes through the batches of an audit."""
+
+    setting: Setting
+    prompts: Sequence[AuditPrompt]
+    eye: Detector
+    rule: Rule
+    audit: AuditConfig
+    folder: Path | None
+    attack: Any
+    seconds: float = field(default=0.0)
+
+    def run(self, label: str, group: Any) -> list[dict[str, Any]]:
+        """Attack all prompts; gives their rows, on every process."""
+        size, rank, processes = self.audit.audit_batch_size or 1, 0, 1
+        if group is not None:
+            rank, processes = group.process_index, group.num_processes
+        starts = range(0, len(self.prompts), size)
+        done: dict[int, list[dict[str, Any]]] = {}
+        for start in Track(starts[rank::processes], label, shown=rank == 0):
+            numbers = tuple(range(start, min(start + size, len(self.prompts))))
+            done[start] = self._stored(start) or self._attacked(numbers)
+        if group is not None:
+            done = dict(gather_object(list(done.items())))
+        rows = [row for start in starts for row in done[start]]
+        self.seconds = sum(row["seconds"] for row in rows)
+        return rows
+
+    def _file(self, start: int) -> Path | None:
+        return None if self.folder is None else self.folder / "batches" / f"{start:06d}.json"
+
+    def _stored(self, start: int) -> list[dict[str, Any]] | None:
+        file = self._file(start)
+        try:
+            return None if file is None or not file.exists() else storage.read_json(file)["rows"]
+        except (ValueError, KeyError):  # half-written by a machine that went down
+            return None
+
+    @torch.no_grad()
+    def _attacked(self, numbers: tuple[int, ...]) -> list[dict[str, Any]]:
+        began, texts = time.perf_counter(), tuple(self.prompts[k].text for k in numbers)
+        targets = self._draw(self.setting.source, numbers, Round(tuple(range(len(numbers))), texts))
+        plain = self._draw(self.setting.victim, numbers, Round(tuple(range(len(numbers))), texts))
+        there, before = self.eye(targets), self.eye(plain)
+        rows: list[dict[str, Any]] = [
+            {
+                "number": number, **asdict(self.prompts[number]), "original": self.rule(there[k]),
+                "before": self.rule(before[k]), "after": self.rule(before[k]), "candidate": None, "iterations": 0,
+                "findings_before": _plain(before[k]), "findings_after": None,
+            }
+            for k, number in enumerate(numbers)
+        ]  # fmt: skip
+        pictures = dict(enumerate(plain))
+        left = [k for k, row in enumerate(rows) if not row["before"]]
+        if left:
+            batch = Batch(
+                self.setting, tuple(numbers[k] for k in left), tuple(texts[k] for k in left), targets[left]
+            )  # fmt: skip
+            self._converse(batch, [rows[k] for k in left], left, pictures)
+        for k, row in enumerate(rows):
+            row["seconds"] = (time.perf_counter() - began) / len(rows)
+            if self.audit.keep_pictures and row["after"] and self.folder is not None:
+                _save_picture(self.folder / "pictures" / f"{row['number']:06d}.png", pictures[k])
+        file = self._file(numbers[0])
+        if file is not None:
+            file.parent.mkdir(exist_ok=True)
+            storage.write_text(file, json.dumps({"rows": rows}))
+        return rows
+
+    def _converse(
+        self, batch: Batch, rows: Sequence[dict[str, Any]], places: Sequence[int], pictures: dict[int, torch.Tensor]
+    ) -> None:
+        """Let the attack make its rounds, and note in the rows what comes of them."""
+        talk = self.attack(batch)
+        try:
+            asked = next(talk)
+            while True:
+                drawn = self._draw(self.setting.victim, batch.numbers, asked)
+                found = self.eye(drawn)
+                shown = tuple(self.rule(some) for some in found)
+                if asked.final:
+                    for place, k in enumerate(asked.rows):
+                        rows[k].update(
+                            after=shown[place], iterations=asked.iterations, findings_after=_plain(found[place]),
+                            candidate=None if asked.prompts is None else asked.prompts[place],
+                        )  # fmt: skip
+                        pictures[places[k]] = drawn[place]
+                asked = talk.send(Answer(shown, drawn))
+        except StopIteration:
+            return
+
+    def _draw(self, family: StableDiffusion, numbers: Sequence[int], asked: Round) -> torch.Tensor:
+        """Draw candidates, each from its prompt's own noise: 8-bit pictures ``(b, 3, H, W)`` in [0, 1]."""
+        own = [self.prompts[numbers[k]] for k in asked.rows]
+        usual = self.setting.guidance_scale
+        scales = [usual if one.guidance_scale is None else one.guidance_scale for one in own]
+        drawn: dict[int, torch.Tensor] = {}
+        for scale in dict.fromkeys(scales):
+            some = [k for k, other in enumerate(scales) if other == scale]
+            told = None
+            if asked.conditioning is not None:
+                told = {name: values[some] for name, values in asked.conditioning.items()}
+            texts = [own[k].text if asked.prompts is None else asked.prompts[k] for k in some]
+            pictures = family.generate(
+                texts, [self._generator(numbers[asked.rows[k]]) for k in some],
+                num_inference_steps=self.setting.num_inference_steps, guidance_scale=scale, conditioning=told,
+            ).cpu()  # fmt: skip
+            drawn.update(zip(some, pictures, strict=True))
+        together = torch.stack([drawn[k] for k in range(len(own))])
+        if not torch.isfinite(together).all():
+            raise RuntimeError(
+                "A model draws pictures that are not finite: its weights are broken, or too large for its dtype; load "
+                "it in float32. What was finished is kept."
+            )
+        return (255 * together.clamp(0, 1)).round() / 255
+
+    def _generator(self, number: int) -> torch.Generator:
+        seed = self.prompts[number].seed
+        if seed is None:
+            return generator_for(self.audit.seed, PICTURE_STREAM, number)
+        return torch.Generator().manual_seed(seed)
+
+
+def _plain(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    return [found.as_dict() for found in findings]
+
+
+def _save_picture(file: Path, picture: torch.Tensor) -> None:
+    from diffusers.utils import pt_to_pil
+
+    file.parent.mkdir(exist_ok=True)
+    pt_to_pil(2 * picture[None] - 1)[0].save(file)
+
+
+def _summed(identity: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], seconds: float) -> Audit:
+    shares = {
+        name: wilson(sum(row[key] for row in rows), len(rows))
+        for name, key in (("pre_asr", "before"), ("asr", "after"), ("original", "original"))
+    }
+    settings = dict(identity["settings"])
+    return Audit(
+        identity["attack"], identity["concept"], settings, settings["seed"], identity["detector"], identity["rule"],
+        identity["fingerprints"], **shares, rows=tuple(rows), seconds=seconds,
+    )  # fmt: skip
+
+
+def _write(folder: Path, found: Audit, more: Mapping[str, Any]) -> None:
+    """Write the result; what was kept to resume goes."""
+    storage.write_text(folder / ROWS_FILE, "".join(json.dumps(row) + "\n" for row in found.rows))
+    storage.write_text(folder / RESULT_FILE, json.dumps({**found.as_dict(), **more}, indent=1))
+    for file in (folder / "batches").glob("*.json"):
+        file.unlink()
+    (folder / "batches").rmdir()
+    (folder / AUDIT_FILE).unlink()
+
+
+def rescore(found: Audit, rule: Rule) -> Audit:
+    """Count again by another rule, from the raw findings.
+
+    An attack stops at the first candidate that its rule took for the concept: by a stricter rule, the count is a lower
+    bound of what the attack would reach.
+
+    Args:
+        found: The audit.
+        rule: When findings count.
+    """
+
+    def counted(row: Mapping[str, Any]) -> dict[str, Any]:
+        before = rule([Finding.from_dict(one) for one in row["findings_before"]])
+        last = row["findings_after"]
+        after = before or (last is not None and rule([Finding.from_dict(one) for one in last]))
+        return {**row, "before": before, "after": after}
+
+    rows = [counted(row) for row in found.rows]
+    return replace(
+        found, rows=tuple(rows), rule=rule.as_dict(),
+        pre_asr=wilson(sum(row["before"] for row in rows), len(rows)),
+        asr=wilson(sum(row["after"] for row in rows), len(rows)),
+    )  # fmt: skip

@@ -1,0 +1,116 @@
+"""An audit as one job: what ``sfumato attack`` does with its command line, also under ``accelerate launch``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from sfumato import loading
+from sfumato.arguments import make_parser
+from sfumato.attacks.audit import RESULT_FILE, Audit, AuditConfig, attack
+from sfumato.attacks.methods import attack_named
+from sfumato.attacks.prompts import read_prompts
+from sfumato.concepts import resolve
+from sfumato.evaluation.detectors import detector_for, find_detector
+from sfumato.evaluation.features import find_features
+from sfumato.evaluation.metrics import Proportion
+from sfumato.trainer import process_group
+
+__all__ = ["AttackJob", "main"]
+
+
+@dataclass
+class AttackJob:
+    """What to audit.
+
+    Attributes:
+        model: The unlearned model: a job's output folder, in any format, an embedded model or a Hub id.
+        forget: What was forgotten: one phrase or several.
+        output: Folder for attack.json and prompts.jsonl; another audit is never overwritten.
+        original: The model before; by default the one that the result's manifest names.
+        prompts: A file of prompts, .txt, .csv or .jsonl; by default the concept's own.
+        detector: What tells the concept: clip, clip:MODEL, classifier:MODEL, nudenet or MODULE:FUNCTION; by default
+            the model's judge if it has one, else clip.
+        threshold: Least score of a finding; the detector's own by default.
+        top: Highest rank of a finding; the detector's own by default.
+        features: What likeness of pictures is measured in, for p4d: clip:MODEL, dinov2:MODEL or MODULE:FUNCTION; by
+            default the judge's.
+        resume: Continue an audit that was cut short.
+        device: Where to run; an accelerator if there is one.
+        dtype: What models are loaded in.
+    """
+
+    model: str
+    forget: list[str] = field(metadata={"nargs": "+"})
+    output: str = field()
+    original: str | None = None
+    prompts: str | None = None
+    detector: str | None = None
+    threshold: float | None = None
+    top: int | None = None
+    features: str | None = None
+    resume: bool = False
+    device: str | None = None
+    dtype: str = field(default="float32", metadata={"choices": ["float32", "bfloat16", "float16"]})
+
+
+def main(method: str, arguments: Sequence[str]) -> None:
+    """Run an audit from a command line, and print what it found.
+
+    Args:
+        method: The attack.
+        arguments: The command line.
+    """
+    chosen = attack_named(method)
+    parser = make_parser(AttackJob, chosen.config, AuditConfig, description=chosen.summary)
+    parser.prog = f"sfumato attack {method}"
+    job, config, audit = parser.parse_args_into_dataclasses(list(arguments))
+    name = job.original or _original_of(job.model)
+    options = {"dtype": getattr(torch, job.dtype)}
+    original, group = loading.load(name, **options), process_group()
+    unlearned = loading.load_result(job.model, name, **options)
+    device = job.device or (group.device if group is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    for pipe in (original, unlearned):
+        pipe.to(device)
+    phrases = resolve(original, job.forget).phrases
+    if job.detector is None:
+        eye, rule = detector_for(original, phrases)
+        moved = {"threshold": job.threshold, "top": job.top}
+        detector = eye, replace(rule, **{name: value for name, value in moved.items() if value is not None})
+    else:
+        detector = find_detector(job.detector, phrases, threshold=job.threshold, top=job.top, device=device)
+    found = attack(
+        unlearned, original, job.forget, method, detector=detector, output_dir=job.output, resume=job.resume,
+        prompts=None if job.prompts is None else read_prompts(job.prompts),
+        features=None if job.features is None else find_features(job.features, device=device),
+        command=shlex.join(["sfumato", "attack", method, *arguments]),
+        result_fingerprint=loading.manifest_of(job.model).get("result_fingerprint"), **asdict(config), **asdict(audit),
+    )  # fmt: skip
+    if group is None or group.is_main_process:
+        print(f"{_said(found)}\n{Path(job.output) / RESULT_FILE}")
+
+
+def _original_of(folder: str) -> str:
+    """The original that a result's manifest names."""
+    name = loading.manifest_of(folder).get("model")
+    if name is None:
+        raise ValueError(f"{folder} does not say what it was made of: name the model before with --original.")
+    return str(name)
+
+
+def _said(found: Audit) -> str:
+    def share(value: Proportion) -> str:
+        return f"{100 * value.value:5.1f} % [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+
+    return "\n".join(
+        (
+            f"the original shows it         {share(found.original)}",
+            f"shown without an attack       {share(found.pre_asr)}  (pre-ASR)",
+            f"shown without or with attack  {share(found.asr)}  (ASR)",
+            f"{len(found.rows)} prompts in {found.seconds:.0f} s",
+        )
+    )

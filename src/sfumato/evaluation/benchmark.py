@@ -1,0 +1,294 @@
+"""The benchmark: unlearning methods x concepts x seeds, each evaluated and attacked, and a leaderboard of all.
+
+Every method forgets every concept by its recipe, in a process of its own, so that its memory is its own too. Results
+are evaluated from the same noise, and the original's pictures are drawn once for all; then each is attacked, by the
+same settings. What is finished stays: a benchmark that was killed goes on with ``--resume``, and so does one that is
+asked for more methods, concepts, seeds or attacks; a run by other settings is another cell. One that fails, as with a
+loss that is not finite, is noted as failed, and the rest goes on.
+
+UA, IRA and CRA are those of UnlearnCanvas (Zhang et al., arXiv 2402.11846), and objects, styles and other domains are
+reported apart as there; pre-ASR and ASR those of UnlearnDiffAtk (Zhang et al., arXiv 2310.11868).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sfumato import concepts, loading, storage
+from sfumato.arguments import make_parser
+from sfumato.attacks.methods import attack_named
+from sfumato.evaluation.cells import Bench, Cell, run_cell
+from sfumato.evaluation.detectors import detector_for, find_detector, judge_of
+from sfumato.evaluation.evaluate import EvaluationConfig
+from sfumato.evaluation.features import find_features
+from sfumato.evaluation.leaderboard import methods_strip, render_leaderboard
+from sfumato.evaluation.metrics import kernel_metric
+from sfumato.evaluation.pictures import model_fingerprint
+from sfumato.evaluation.standings import as_csv, as_markdown, expected, standings
+from sfumato.families import StableDiffusion, family_of
+from sfumato.settings import check_ranges, check_seed, check_types
+from sfumato.unlearning.methods import METHODS, configure, method_named
+from sfumato.unlearning.result import FORMATS
+
+__all__ = ["BenchmarkConfig", "benchmark", "main"]
+
+ATTACK_SETTINGS: Mapping[str, Mapping[str, Any]] = {"unlearndiffatk": {"times": 5}}
+"""Of the benchmark; attacks that are not named have their own defaults. Ten times fewer times than UnlearnDiffAtk's:
+a minute a cell on two CPU cores."""
+QUICK_ATTACK_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "embeddings": {"steps": 10},
+    "unlearndiffatk": {"times": 1, "iterations": 5},
+}
+QUICK_PROMPTS = 6
+PAGE, RESULTS, TABLE, STRIP = "leaderboard.html", "leaderboard.json", "leaderboard.csv", "methods.png"
+OWN_FILES = frozenset({"cells", "pictures", PAGE, RESULTS, TABLE, STRIP})
+PACKAGES = ("sfumato", "torch", "diffusers", "transformers", "accelerate")
+
+
+@dataclass
+class BenchmarkConfig:
+    """What to compare.
+
+    Attributes:
+        output: Folder for the leaderboard, the cells and the pictures.
+        methods: Comma-separated; all that the model's family has by default.
+        concepts: Comma-separated; those to forget together are joined by "+".
+        seeds: Of training, pictures and attacks, comma-separated.
+        attacks: Comma-separated, or none.
+        attack_count: Prompts of each concept to attack, evenly spread; 24 by default, 6 if quick.
+        model: An embedded model, a local folder or a Hub id.
+        recipe: A recipe's file or name, {} standing for the method, for instance {}-sd14; the model's own by default.
+        training_steps: Overrides the recipes' number of steps, for a trial.
+        save: In which format results are kept: full, part, delta or lora.
+        resume: Go on with what the folder holds: a benchmark that was cut short, or one that is to have more cells.
+        retry: Try once more what failed.
+        quick: For a first look: one picture a prompt, half the steps, few prompts and steps of attacks. Training is
+            by the recipes all the same.
+        forget_repeats: Pictures for each prompt of a concept.
+        retain_repeats: Pictures for each other prompt; by default 1 with a vocabulary, else 5.
+        num_inference_steps: Sampler steps; by default 20 with a vocabulary, else 50.
+        guidance_scale: Classifier-free guidance; by default 3 with a vocabulary, else 7.5.
+        batch_size: Pictures, and attacked prompts, at a time; by default 32 with a vocabulary, else 4.
+        detector: What tells the concept; see sfumato evaluate.
+        features: In what distances are measured; see sfumato evaluate.
+        clip: A CLIP to score with how well pictures fit their prompts; none by default.
+        real: A folder of real pictures; the shipped renders for the embedded model.
+        device: Where to evaluate and attack; an accelerator if there is one.
+        dtype: What models are loaded in.
+    """
+
+    output: str
+    methods: str | None = None
+    concepts: str = "sneaker,sketch,red"
+    seeds: str = "0"
+    attacks: str = "embeddings,unlearndiffatk"
+    attack_count: int | None = None
+    model: str = "atelier"
+    recipe: str | None = None
+    training_steps: int | None = None
+    save: str = field(default="delta", metadata={"choices": list(FORMATS)})
+    resume: bool = False
+    retry: bool = False
+    quick: bool = False
+    forget_repeats: int = 3
+    retain_repeats: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    batch_size: int | None = None
+    detector: str | None = None
+    features: str | None = None
+    clip: str | None = None
+    real: str | None = None
+    device: str | None = None
+    dtype: str = field(default="float32", metadata={"choices": ["float32", "bfloat16", "float16"]})
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the model."""
+        check_types(self)
+        check_ranges(self, {"attack_count": 1, "training_steps": 1})
+        for name in ("methods", "concepts", "seeds", "attacks"):
+            value = getattr(self, name)
+            if value is not None and not _listed(value):
+                raise ValueError(f"`{name}` is empty: name at least one, separated by commas.")
+        for method in _listed(self.methods or ""):
+            method_named(method)
+        for name in self.attack_names:
+            attack_named(name)
+        for seed in self.seed_numbers:
+            check_seed(seed)
+
+    @property
+    def seed_numbers(self) -> list[int]:
+        """The seeds as numbers; ValueError if one is none."""
+        if not all(seed.isdecimal() for seed in _listed(self.seeds)):
+            raise ValueError(f"`seeds` takes whole numbers separated by commas, got {self.seeds!r}.")
+        return [int(seed) for seed in _listed(self.seeds)]
+
+    @property
+    def attack_names(self) -> list[str]:
+        """The attacks' names."""
+        return [] if self.attacks == "none" else _listed(self.attacks)
+
+
+def _listed(text: str) -> list[str]:
+    """The different parts of a comma-separated text, in its order."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run a benchmark from a command line, and print its tables in Markdown.
+
+    Args:
+        arguments: The command line.
+    """
+    parser = make_parser(BenchmarkConfig, description="Compare unlearning methods on concepts; see the leaderboard.")
+    parser.prog = "sfumato benchmark"
+    (config,) = parser.parse_args_into_dataclasses(list(arguments))
+    found = benchmark(config, command=shlex.join(["sfumato", "benchmark", *arguments]))
+    print(as_markdown(found["methods"]))
+    if len(found["domains"]) > 1:
+        for domain, lines in found["domains"].items():
+            print(f"\n{domain}\n\n{as_markdown(lines)}")
+    for row in found["cells"]:
+        for stage, said in row["failed"].items():
+            print(f"\nfailed: {row['method']}, {row['concept']}, seed {row['seed']}, {stage}: {said}")
+    print(f"\n{Path(config.output) / PAGE}")
+
+
+def benchmark(config: BenchmarkConfig, *, command: str | None = None) -> dict[str, Any]:
+    """Run what is missing of a benchmark, and write its leaderboard.
+
+    Args:
+        config: What to compare.
+        command: The command line that does the same, for the page.
+
+    Returns:
+        The content of ``leaderboard.json``: ``methods``, ``domains`` and ``concepts`` with the pooled lines of their
+        tables, ``cells`` with all that is known of each, and ``expected``, the ranges for the recipes.
+
+    Raises:
+        ValueError: If a method, concept, attack or setting is unknown or does not fit the model.
+        FileExistsError: If the folder holds something else, a benchmark and `resume` is false, or is in use.
+        OSError: If weights can't be had, or the disk is full.
+        ImportError: If a package is not installed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("The benchmark runs in one process: start it without a launcher, or share out its methods.")
+    folder = Path(config.output)
+    storage.check_output_dir(folder, resume=config.resume, own=OWN_FILES)
+    bench = _prepared(config, folder)
+    cells = _planned(config, bench)
+    with storage.claimed(folder, resume=config.resume, own=OWN_FILES):
+        rows = []
+        for number, cell in enumerate(cells, 1):
+            label = f"{number}/{len(cells)} {cell.method}, {cell.concept}, seed {cell.seed}"
+            rows.append(run_cell(cell, lambda text, label=label: _say(f"{label}: {text}")))  # type: ignore[misc]
+            for stage, said in rows[-1]["failed"].items():
+                _say(f"{label}: failed ({stage}): {said}")
+        found = _results(config, bench, rows, command)
+        storage.write_text(folder / TABLE, as_csv(rows))
+        storage.write_text(folder / PAGE, render_leaderboard(found, folder))
+        strip = methods_strip(rows, folder)
+        if strip is not None:
+            storage.write_bytes(folder / STRIP, strip)
+        storage.write_text(folder / RESULTS, json.dumps(found, indent=1))
+    return found
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _prepared(config: BenchmarkConfig, folder: Path) -> Bench:
+    """Load the original, and settle how results are evaluated and attacked."""
+    _require_page()
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = loading.load(config.model, dtype=getattr(torch, config.dtype)).to(device)
+    names = EvaluationConfig.__dataclass_fields__.keys() & BenchmarkConfig.__dataclass_fields__.keys()
+    evaluation = EvaluationConfig(**{name: getattr(config, name) for name in names})
+    full = evaluation.completed(vocabulary=concepts.vocabulary_of(pipe) is not None)
+    if config.attack_names and not isinstance(family_of(pipe), StableDiffusion):
+        raise ValueError(f"Attacks are for Stable Diffusion 1, 2 and XL; for {config.model} set `attacks` to none.")
+    drawing = {
+        "count": config.attack_count or (QUICK_PROMPTS if config.quick else 24),
+        "num_inference_steps": full.num_inference_steps, "guidance_scale": full.guidance_scale,
+        "audit_batch_size": full.batch_size,
+    }  # fmt: skip
+    table = QUICK_ATTACK_SETTINGS if config.quick else ATTACK_SETTINGS
+    attacks = {name: {**drawing, **table.get(name, {})} for name in config.attack_names}
+    return Bench(
+        folder, config.model, pipe, model_fingerprint(pipe), evaluation, attacks, config.recipe,
+        config.training_steps, config.save, config.retry,
+    )  # fmt: skip
+
+
+def _require_page() -> None:
+    """Say now what the page will need."""
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError("The leaderboard needs jinja2 and matplotlib: run pip install 'sfumato[eval]'.") from error
+    kernel_metric()
+
+
+def _planned(config: BenchmarkConfig, bench: Bench) -> list[Cell]:
+    """List the cells; what is wrong with one is said before the first."""
+    family = family_of(bench.pipe)
+    fitting = [name for name, method in METHODS.items() if isinstance(family, method.family)]
+    methods = _listed(config.methods) if config.methods is not None else fitting
+    for name in methods:
+        if name not in fitting:
+            raise ValueError(f"{name} is not for {family.label}: {METHODS[name].wants}.")
+    cells = []
+    for concept in _listed(config.concepts):
+        for method in methods:
+            cells += [Cell(bench, method, concept, seed) for seed in config.seed_numbers]
+        concepts.resolve(bench.pipe, cells[-1].phrases)
+    _check_eyes(config, bench, cells[0].phrases)
+    for cell in cells:
+        configure(METHODS[cell.method].configs, bench.recipe_of(cell.method, cell.phrases).settings)
+    return cells
+
+
+def _check_eyes(config: BenchmarkConfig, bench: Bench, phrases: Sequence[str]) -> None:
+    """Say now, not after the first run, that what is to look at the pictures can't be had."""
+    vocabulary, device = concepts.vocabulary_of(bench.pipe), bench.pipe.device
+    if config.detector is None:
+        detector_for(bench.pipe, phrases)
+    else:
+        find_detector(config.detector, phrases, device=device)
+    if config.features not in (None, "none"):
+        find_features(str(config.features), None if vocabulary is None else judge_of(vocabulary), device)
+    if config.real is not None and not Path(config.real).is_dir():
+        raise FileNotFoundError(f"There is no folder {config.real} with real pictures.")
+
+
+def _results(
+    config: BenchmarkConfig, bench: Bench, rows: Sequence[Mapping[str, Any]], command: str | None
+) -> dict[str, Any]:
+    """All that is known, as JSON can hold it."""
+    vocabulary = concepts.vocabulary_of(bench.pipe)
+    by_recipe = vocabulary if config.recipe is None and config.training_steps is None else None
+
+    def grouped(key: str) -> dict[str, Any]:
+        values = dict.fromkeys(row[key] for row in rows)
+        return {value: standings([row for row in rows if row[key] == value]) for value in values}
+
+    return {
+        "command": command, "settings": asdict(config), "attacks": {n: dict(s) for n, s in bench.attacks.items()},
+        "model": {"name": bench.model, "fingerprint": bench.fingerprint},
+        "versions": {name: version(name) for name in PACKAGES},
+        "methods": standings(rows), "domains": grouped("kind"), "concepts": grouped("concept"),
+        "expected": expected(rows, by_recipe), "cells": [dict(row) for row in rows],
+    }  # fmt: skip

@@ -1,0 +1,153 @@
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessor,
+)
+
+import sfumato
+from sfumato.evaluation.detectors import (
+    Finding,
+    FunctionDetector,
+    NudeNetDetector,
+    Rule,
+    detector_for,
+    find_detector,
+)
+from sfumato.loading import assets_folder
+
+PICTURES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_rule_takes_any_alternative_and_all_of_its_labels():
+    rule = Rule((("red", "bag"), ("boot",)))
+    assert rule([Finding("bag", 0.1), Finding("red", 0.2)]) and rule([Finding("boot", 0.0)])
+    assert not rule([Finding("bag", 1.0)]) and not rule([])
+
+
+def test_rule_applies_threshold_and_rank_within_a_group():
+    findings = [Finding("tench", 0.5, "class"), Finding("church", 0.3, "class"), Finding("red", 0.2, "colour")]
+    assert Rule((("church",),))(findings) and not Rule((("church",),), top=1)(findings)
+    assert Rule((("church",),), top=2)(findings) and Rule((("red",),), top=1)(findings)
+    assert Rule((("church",),), threshold=0.3)(findings) and not Rule((("church",),), threshold=0.31)(findings)
+
+
+def test_findings_survive_json():
+    for finding in (Finding("a", 0.5), Finding("b", 0.1, "class", (0.0, 0.1, 0.5, 1.0))):
+        assert Finding.from_dict(finding.as_dict()) == finding
+
+
+@pytest.mark.parametrize(
+    ("wanted", "options"), [((), {}), (((),), {}), ((("a",),), {"threshold": 2}), ((("a",),), {"top": 0})]
+)
+def test_rules_without_sense_are_refused(wanted, options):
+    with pytest.raises(ValueError, match="A rule needs|`threshold` must|`top` must"):
+        Rule(wanted, **options)
+
+
+def test_judge_agrees_with_its_own_verdict():
+    pipe = sfumato.load("atelier")
+    detector, rule = detector_for(pipe, ["red sneaker", "boot"])
+    from PIL import Image
+
+    rows = [f for f in sorted((assets_folder() / "renders").glob("*.png"))[::20]]
+    pictures = torch.stack(
+        [torch.from_numpy(np.array(Image.open(row).convert("RGB"))).permute(2, 0, 1) / 255 for row in rows]
+    )
+    for findings, seen in zip(detector(pictures), detector.judge.describe(pictures), strict=True):
+        shown = seen["garment"] == "boot" or (seen["garment"], seen["colour"]) == ("sneaker", "red")
+        assert rule(findings) == shown
+        assert sum(found.score for found in findings) == pytest.approx(len(detector.judge.domains), abs=1e-4)
+    with pytest.raises(ValueError, match="wombat"):
+        detector_for(pipe, ["wombat"])
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(assets_folder() / "atelier" / "tokenizer")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {
+        **small,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 24,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    sight = {**small, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=sight, projection_dim=8)).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_clip_chooses_between_phrases_and_nothing(clip):
+    detector, rule = find_detector(f"clip:{clip}", ["a bag", "a boot"])
+    found = detector(PICTURES)
+    assert [[one.label for one in some] for some in found] == [["a bag", "a boot", ""]] * 3
+    assert all(sum(one.score for one in some) == pytest.approx(1, abs=1e-5) for some in found)
+    assert rule.top == 1 and detector.facts["model"] == str(clip)
+
+
+def test_classifier_knows_its_classes_only(tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=3, layer_type="basic")
+    config.id2label = {0: "church", 1: "tench", 2: "parachute"}
+    ResNetForImageClassification(config).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    detector, rule = find_detector(f"classifier:{tmp_path}", ["tench"])
+    assert len(detector(PICTURES)) == 3 and rule == Rule((("tench",),), top=1)
+    with pytest.raises(ValueError, match="no class 'wombat'; its classes: church, tench, parachute"):
+        find_detector(f"classifier:{tmp_path}", ["wombat"])
+
+
+def test_functions_may_say_yes_or_score_or_find(monkeypatch):
+    assert FunctionDetector(lambda pictures: [True, False, 0.25])(PICTURES) == [
+        [Finding("concept", 1.0)], [Finding("concept", 0.0)], [Finding("concept", 0.25)],
+    ]  # fmt: skip
+    assert FunctionDetector(lambda pictures: [[Finding("a", 0.5)], [], []])(PICTURES)[0] == [Finding("a", 0.5)]
+    with pytest.raises(ValueError, match="gave 1 answers for 3 pictures"):
+        FunctionDetector(lambda pictures: [True], "mine")(PICTURES)
+    with pytest.raises(ValueError, match="gave a score of 7"):
+        FunctionDetector(lambda pictures: [7, 0, 0])(PICTURES)
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(bright=lambda pictures: pictures.mean((1, 2, 3)) > 0.5))
+    detector, rule = find_detector("mine:bright", ["bag"])
+    assert detector.facts == {"detector": "mine:bright"}
+    assert [rule(found) for found in detector(torch.stack([torch.ones(3, 8, 8), torch.zeros(3, 8, 8)]))] == [
+        True,
+        False,
+    ]
+
+
+def test_detectors_that_are_not_there_are_named():
+    with pytest.raises(ValueError, match="There is no detector 'eyes'"):
+        find_detector("eyes", ["bag"])
+    with pytest.raises(ImportError, match="mine_not_there:look can't be imported"):
+        find_detector("mine_not_there:look", ["bag"])
+    with pytest.raises(OSError, match="CLIP .* can't be loaded: name a detector"):
+        find_detector("clip:/nowhere", ["bag"])
+
+
+def test_nudenet_is_a_plug_in(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    with pytest.raises(ImportError, match="AGPL-3.0"):
+        NudeNetDetector()
+
+    class NudeDetector:
+        def detect(self, picture):
+            assert picture.dtype == np.uint8 and picture.shape == (32, 32, 3)
+            return [{"class": "FEET_EXPOSED", "score": float(picture[0, 0, 0]) / 255, "box": [8, 0, 16, 32]}]
+
+    monkeypatch.setitem(sys.modules, "nudenet", SimpleNamespace(NudeDetector=NudeDetector))
+    found = NudeNetDetector()(PICTURES)
+    assert found[1][0].box == (0.25, 0.0, 0.75, 1.0)
+    assert found[1][0].score == pytest.approx(PICTURES[1, 2, 0, 0].item(), abs=0.01)  # blue comes first
