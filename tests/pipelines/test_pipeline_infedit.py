@@ -491,7 +491,7 @@ def test_a_repository_that_ships_the_files_loads_them_as_remote_code(atelier, tm
         ({"target_blend_words": "blue", "attention_control": False}, "Blending needs the maps"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"not \['noise'\]"),
     ],
-    ids=str,
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else None,
 )
 def test_what_cannot_work_is_refused_before_any_network_runs(atelier, settings, message):
     pipe, ran = atelier, []
