@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A file of tests is one worker's, as it shares what it makes; a worker has one thread, and so has what it starts.
+WORKERS := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+test test-all: export OMP_NUM_THREADS = 1
 
 .PHONY: help demo test test-all lint wheel clean
 .NOTPARALLEL:
@@ -14,10 +17,10 @@ demo: $(VENV)/.demo  ## Erase a concept from the embedded model on the CPU and w
 	$(BIN)/sfumato demo --output demo
 
 test: $(VENV)/.test  ## Run the tests, except the slow ones
-	$(BIN)/python -m pytest -m "not slow" --timeout=600
+	$(BIN)/python -m pytest -m "not slow" --timeout=1200 $(WORKERS)
 
 test-all: $(VENV)/.test  ## Run all the tests
-	$(BIN)/python -m pytest --timeout=3600
+	$(BIN)/python -m pytest --timeout=3600 $(WORKERS)
 
 lint: $(VENV)/.test  ## Check style, format and types
 	$(BIN)/ruff check .

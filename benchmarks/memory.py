@@ -1,10 +1,11 @@
 """Compute the memory that training takes on models that do not fit here: ``python benchmarks/memory.py``.
 
-A training step of the real architectures is run on tensors that have shapes but no data, and every storage is counted
-from the operation that makes it until it is let go: weights, gradients, moments, what the backward pass keeps, what is
-passing. Not counted: what libraries take for themselves (a CUDA context and workspaces, about 1 GB), and the gaps that
-an allocator leaves. The same count is compared with the memory that a step really takes on this machine, for a network
-small enough (``--check``).
+A training step of the real architectures, beside the original as in every run, is run on tensors that have shapes but
+no data, and every storage is counted from the operation that makes it until it is let go: weights, gradients, moments,
+what the backward pass keeps, what is passing; and so is the end of a run, when adapters are merged and the result gets
+all its weights for itself. Not counted: what libraries take for themselves (a CUDA context and workspaces, about 1
+GB), and the gaps that an allocator leaves. The same count is compared with the memory that a step really takes on this
+machine, for a network small enough (``--check``).
 """
 
 import gc
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sfumato.arguments import make_parser
 from sfumato.unlearning.adapters import add_adapters
+from sfumato.unlearning.working_copy import working_copy
 
 CARD = 24e9
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -49,6 +51,35 @@ class MemoryConfig:
     """
 
     check: bool = True
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run whose memory is counted.
+
+    Attributes:
+        name: What the table calls it.
+        config: Of the denoiser.
+        batch: Samples in a pass.
+        companions: Make the rest of the pipeline.
+        dtype: Of the passes.
+        frozen: What the pipeline was loaded in.
+        checkpointing: Compute once more what the backward pass needs.
+        adapter_rank: Of adapters on cross-attention; 0 trains all weights.
+        trains: Whether it is a training step, or a pass without a gradient.
+        beside: Whether the original stands beside what is trained.
+    """
+
+    name: str
+    config: dict[str, Any]
+    batch: int
+    companions: Callable[[], list[torch.nn.Module]]
+    dtype: torch.dtype = torch.float32
+    frozen: torch.dtype = torch.float32
+    checkpointing: bool = False
+    adapter_rank: int = 0
+    trains: bool = True
+    beside: bool = True
 
 
 class Live(TorchDispatchMode):
@@ -115,38 +146,62 @@ def step_of(denoiser: torch.nn.Module, config: dict[str, Any], batch: int, dtype
     return step
 
 
-def count(
-    config: dict[str, Any], *, batch: int, dtype: torch.dtype, checkpointing: bool, adapter_rank: int = 0,
-    frozen: torch.dtype = torch.float32, companions: Callable[[], list[torch.nn.Module]] | None = None,
-    trained: bool = True,
-) -> float:  # fmt: skip
-    """Bytes that two steps take at the most, or a pass without a gradient, with the rest of the pipeline beside it."""
+def parts_of(case: Case) -> tuple[Any, list[torch.nn.Module]]:
+    """The denoiser and the rest of the pipeline, without data."""
     with torch.device("meta"):
-        torch.set_default_dtype(frozen)
-        denoiser: Any = (FluxTransformer2DModel if "joint_attention_dim" in config else UNet2DConditionModel)(**config)
-        others = companions() if companions is not None else []
+        torch.set_default_dtype(case.frozen)
+        kind: Any = FluxTransformer2DModel if "joint_attention_dim" in case.config else UNet2DConditionModel
+        found = kind(**case.config), case.companions()
         torch.set_default_dtype(torch.float32)
-        if adapter_rank:
-            names = [name for name, _ in denoiser.named_parameters() if "attn" in name]
-            denoiser.requires_grad_(False)
-            add_adapters(denoiser, names, adapter_rank, 0)
-    if checkpointing:
+    return found
+
+
+def trained_in(denoiser: torch.nn.Module, case: Case) -> list[str]:
+    """The parameters that are trained, or get adapters: those of cross-attention."""
+    return [name for name, _ in denoiser.named_parameters() if not case.adapter_rank or of_cross_attention(name)]
+
+
+def count_steps(case: Case) -> float:
+    """Bytes that two steps take at the most, or a pass without a gradient."""
+    denoiser, others = parts_of(case)
+    if case.adapter_rank:
+        add_adapters(denoiser.requires_grad_(False), trained_in(denoiser, case), case.adapter_rank, 0)
+    elif case.beside:
+        others.append(parts_of(case)[0])  # the original, which shares nothing with what is trained whole
+    if case.checkpointing:
         denoiser.enable_gradient_checkpointing()
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in (denoiser, *others):
             place(module)
         denoiser.train()
         live = Live()
-        live.hold(*denoiser.parameters(), *(p for module in others for p in module.parameters()))
+        live.hold(*(p for module in (denoiser, *others) for p in module.parameters()))
         with live:
-            if trained:
-                step = step_of(denoiser, config, batch, dtype)
+            if case.trains:
+                step = step_of(denoiser, case.config, case.batch, case.dtype)
                 step()
                 step()
             else:
-                with torch.no_grad(), torch.autocast("cpu", dtype):
-                    denoiser(**inputs_of(config, batch))
+                with torch.no_grad(), torch.autocast("cpu", case.dtype):
+                    denoiser(**inputs_of(case.config, case.batch))
         return live.peak
+
+
+def count_end(case: Case) -> float:
+    """Bytes that the end of a run takes at the most: adapters are merged, and the result gets all its weights."""
+    denoiser, others = parts_of(case)
+    live = Live()
+    live.hold(*(p for module in (denoiser, *others) for p in module.parameters()))
+    copying = working_copy(denoiser, trained_in(denoiser, case), adapter_rank=case.adapter_rank, mixed=True)
+    with torch.device("meta"), live, copying:
+        gc.collect()
+        live.peak = live.now
+    return live.peak
+
+
+def of_cross_attention(name: str) -> bool:
+    """Whether a weight is of what the methods train by default: Flux has it in its joint blocks."""
+    return any(part in name for part in ("attn2", ".attn.add_", ".attn.to_add_out."))
 
 
 def place(model: torch.nn.Module) -> None:
@@ -205,48 +260,43 @@ def measured(batch: int) -> float:
     return float(done.stdout.split()[-1])
 
 
+def cases() -> list[Case]:
+    """What is counted."""
+    half = torch.bfloat16
+    sd15 = Case("SD 1.5, all weights, batch 8, float32", SD15, 8, companions_of_sd15)
+    sdxl = Case(
+        "SDXL, adapters (rank 16), batch 1, bf16, checkpointing", SDXL, 1, companions_of_sdxl, dtype=half,
+        checkpointing=True, adapter_rank=16,
+    )  # fmt: skip
+    flux = replace(
+        sdxl, name="Flux.1-dev in bf16, adapters (rank 16), batch 1 a process, checkpointing", config=FLUX,
+        companions=companions_of_flux, frozen=half,
+    )  # fmt: skip
+    walking = {"batch": 16, "checkpointing": False, "frozen": half, "trains": False}
+    return [
+        sd15,
+        replace(sd15, name="SD 1.5, all weights, batch 8, bf16, checkpointing", dtype=half, checkpointing=True),
+        sdxl,
+        replace(sdxl, name=f"SDXL loaded in bf16, {sdxl.name.removeprefix('SDXL, ')}", frozen=half),
+        replace(sdxl, name="SDXL in bf16, walking eight guided trajectories at once", **walking),
+        flux,
+        replace(flux, name="Flux.1-dev in bf16, walking eight guided trajectories at once", **walking),
+    ]
+
+
 def main(config: MemoryConfig) -> None:
     """Print a table, and JSON."""
-    half = torch.bfloat16
-    cases: list[tuple[str, dict[str, Any]]] = [
-        ("SD 1.5, all weights, batch 8, float32", {
-            "config": SD15, "batch": 8, "dtype": torch.float32, "checkpointing": False,
-            "companions": companions_of_sd15,
-        }),
-        ("SD 1.5, all weights, batch 8, bf16, checkpointing", {
-            "config": SD15, "batch": 8, "dtype": half, "checkpointing": True, "companions": companions_of_sd15,
-        }),
-        ("SDXL, adapters (rank 16), batch 1, bf16, checkpointing", {
-            "config": SDXL, "batch": 1, "dtype": half, "checkpointing": True, "adapter_rank": 16,
-            "companions": companions_of_sdxl,
-        }),
-        ("SDXL loaded in bf16, adapters (rank 16), batch 1, bf16, checkpointing", {
-            "config": SDXL, "batch": 1, "dtype": half, "checkpointing": True, "adapter_rank": 16, "frozen": half,
-            "companions": companions_of_sdxl,
-        }),
-        ("SDXL in bf16, walking eight guided trajectories at once", {
-            "config": SDXL, "batch": 16, "dtype": half, "checkpointing": False, "adapter_rank": 16, "frozen": half,
-            "companions": companions_of_sdxl, "trained": False,
-        }),
-        ("Flux.1-dev in bf16, adapters (rank 16), batch 1 a process, checkpointing", {
-            "config": FLUX, "batch": 1, "dtype": half, "checkpointing": True, "adapter_rank": 16, "frozen": half,
-            "companions": companions_of_flux,
-        }),
-        ("Flux.1-dev in bf16, walking eight guided trajectories at once", {
-            "config": FLUX, "batch": 16, "dtype": half, "checkpointing": False, "adapter_rank": 16, "frozen": half,
-            "companions": companions_of_flux, "trained": False,
-        }),
-    ]  # fmt: skip
     rows = []
-    for name, case in cases:
-        size = count(**case)
-        rows.append({"case": name, "gb": round(size / 1e9, 2), "fits": size < CARD - 1e9})
-        print(f"{name:72} {size / 1e9:5.1f} GB{'' if size < CARD - 1e9 else ', more than 24 GB'}", flush=True)
+    for case in cases():
+        found = {"run": count_steps(case), "end": count_end(case)}
+        rows.append({"case": case.name, **{f"{when}_gb": round(size / 1e9, 2) for when, size in found.items()}})
+        said = f"{found['run'] / 1e9:5.1f} GB, at the end {found['end'] / 1e9:5.1f}"
+        print(f"{case.name:72} {said}{'' if max(found.values()) < CARD - 1e9 else ', more than 24 GB'}", flush=True)
         gc.collect()
     if config.check:
-        counted = count(SMALL, batch=4, dtype=torch.float32, checkpointing=False)
+        counted = count_steps(Case("check", SMALL, 4, list, beside=False))
         taken = measured(4)
-        rows.append({"case": "check", "gb": round(counted / 1e9, 2), "measured_gb": round(taken / 1e9, 2)})
+        rows.append({"case": "check", "run_gb": round(counted / 1e9, 2), "measured_gb": round(taken / 1e9, 2)})
         print(f"a small network on this CPU: counted {counted / 1e9:.2f} GB, measured {taken / 1e9:.2f} GB")
     print(json.dumps(rows))
 

@@ -225,7 +225,7 @@ def launch():
             "--num_cpu_threads_per_process", "1", "--main_process_port", "0", *map(str, arguments),
         ]  # fmt: skip
         if wait:
-            return subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=400)
+            return subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=900)
         return subprocess.Popen(command, env=environment, cwd=root, start_new_session=True, stderr=subprocess.DEVNULL)
 
     return start

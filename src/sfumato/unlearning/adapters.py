@@ -65,7 +65,7 @@ def merge_adapters(model: torch.nn.Module) -> None:
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, module in adapted:
         module.get_base_layer().float()  # a sum in half precision would round most of the change away
-        module.merge(safe_merge=True)
+        module.merge()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent) if parent else model, child, module.get_base_layer())
     vars(model).pop("peft_config", None)

@@ -160,7 +160,10 @@ class Run:
         names = family.trainable_parameters(config.parameters, config.part)
         changes = {name: getattr(config, name) for name in ("adapter_rank", "prune_ratio") if self.method.trains}
         mixed = training.mixed_precision != "no"
-        with working_copy(self.part, names, seed=training.seed, mixed=mixed, **changes) as (model, kept):
+        with (
+            explained(accelerator.device, folder),
+            working_copy(self.part, names, seed=training.seed, mixed=mixed, **changes) as (model, kept),
+        ):
             task = Task(
                 family, self.concept, model, sources, training, identity, accelerator, folder, resume, kept=kept,
                 costs=costs,
@@ -175,13 +178,12 @@ class Run:
                 )  # fmt: skip
             watched = [family.denoiser, *([model] if config.part == "denoiser" else [])] if costs is not None else []
             counted = costs.counted if costs is not None else torch.zeros((), dtype=torch.int64)
-            with explained(accelerator.device, folder):
-                self.pipe.to(accelerator.device)
-                model.to(accelerator.device)
-                require_known(family, self.concept)
-                task.read_folders(concepts.vocabulary_of(self.pipe))
-                with _counting(counted, *watched):
-                    history, facts = implementation.run(task, config)
+            self.pipe.to(accelerator.device)
+            model.to(accelerator.device)
+            require_known(family, self.concept)
+            task.read_folders(concepts.vocabulary_of(self.pipe))
+            with _counting(counted, *watched):
+                history, facts = implementation.run(task, config)
         return task, history, facts
 
     def _fingerprint_beside(self) -> str:

@@ -44,10 +44,11 @@ def working_copy(
     """
     needed_gradients = {name: parameter.requires_grad for name, parameter in part.named_parameters()}
     own = set() if adapter_rank else set(names)
-    fits = mixed or all(parameter.dtype == torch.float32 for parameter in part.parameters())
-    shared = {id(p): p for name, p in part.named_parameters() if name not in own} if fits and not prune_ratio else {}
+    whole = all(parameter.dtype == torch.float32 for parameter in part.parameters())
+    shares = (mixed or whole) and not prune_ratio
+    shared = {id(p): p for name, p in part.named_parameters() if name not in own} if shares else {}
     copied = copy.deepcopy(part, dict(shared)).eval()
-    if not shared:
+    if not shared and not whole:
         copied.float()
     try:
         for name, parameter in copied.named_parameters():
