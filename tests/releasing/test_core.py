@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import sfumato
 from sfumato import cli
-from sfumato.releasing.contents import PICKLES
+from sfumato.loading import PICKLES
 
 SCRIPT = textwrap.dedent("""
     import sys

@@ -291,7 +291,7 @@ def _stated(result: DiffusionPipeline | str | Path) -> dict[str, Any]:
 def _named_original(folder: str | Path) -> str | None:
     """The original that a manifest names, unless by the name of a folder that may be anywhere."""
     name = loading.manifest_of(folder).get("model")
-    return name if name in loading.EMBEDDED or (name and "/" in name) else None
+    return name if isinstance(name, str) and (name in loading.EMBEDDED or "/" in name) else None
 
 
 def _plan(

@@ -14,12 +14,12 @@ import torch
 
 from sfumato import concepts, delta, lora, storage
 from sfumato.families.stable_diffusion import TextEncoders
+from sfumato.loading import PICKLES
 from sfumato.unlearning.methods import METHODS
 from sfumato.unlearning.result import FORMATS
 
 __all__ = ["Finished", "check_weights", "choose_formats", "copy_format", "read_finished"]
 
-PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
 _DATA = frozenset({".jinja", ".json", ".model", ".safetensors", ".txt"})
 _ORIGINS = ("_name_or_path", "name_or_path")
 _DTYPES = ("float32", "bfloat16", "float16")
