@@ -21,7 +21,8 @@ from diffusers import DiffusionPipeline
 from sfumato import concepts, loading, storage
 from sfumato.evaluation import comparison
 from sfumato.evaluation.detectors import Detector, Rule, detector_for, find_detector, judge_of
-from sfumato.evaluation.pictures import draw_pictures, model_fingerprint
+from sfumato.evaluation.fingerprints import model_fingerprint
+from sfumato.evaluation.pictures import draw_pictures
 from sfumato.evaluation.scores import FINDINGS_FILE, Sighting, read_sightings, tally, write_sightings
 from sfumato.evaluation.sheet import free_sheet, vocabulary_sheet
 from sfumato.families import family_of
