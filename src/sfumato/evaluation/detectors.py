@@ -20,6 +20,7 @@ from diffusers.utils import pt_to_pil
 
 from sfumato import loading
 from sfumato.concepts import Vocabulary, vocabulary_of
+from sfumato.evaluation.functions import function_named
 from sfumato.evaluation.judge import Judge
 
 __all__ = [
@@ -390,10 +391,6 @@ def find_detector(
         raise ValueError(
             f"There is no detector {name!r}: clip, clip:MODEL, classifier:MODEL, nudenet, or MODULE:FUNCTION."
         )
-    try:
-        function = getattr(importlib.import_module(kind), rest)
-    except (ImportError, AttributeError) as error:
-        raise ImportError(f"The detector {name} can't be imported: {error}.") from error
-    return FunctionDetector(function, name), Rule(
+    return FunctionDetector(function_named(name, "detector"), name), Rule(
         (("concept",), *wanted), 0.5 if threshold is None else threshold, top
     )

@@ -7,13 +7,13 @@ command line as ``judge`` (the embedded models'), ``clip:MODEL``, ``dinov2:MODEL
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers.utils import pt_to_pil
 
+from sfumato.evaluation.functions import function_named
 from sfumato.evaluation.judge import Judge
 from sfumato.loading import check_safe
 
@@ -54,10 +54,7 @@ def find_features(name: str, judge: Judge | None = None, device: torch.device | 
         return _inception(device)
     if not rest:
         raise ValueError(f"There are no features {name!r}: judge, clip:MODEL, dinov2:MODEL, inception or a function.")
-    try:
-        function: Extractor = getattr(importlib.import_module(kind), rest)
-    except (ImportError, AttributeError) as error:
-        raise ImportError(f"The features {name} can't be imported: {error}.") from error
+    function: Extractor = function_named(name, "features")
     return function
 
 

@@ -78,14 +78,14 @@ def release(
     audited = _audited(finished, chosen, code)
     audit, attacked = _findings(finished, evaluation, attacks, audited, origin, name)
     contents = Contents(finished, chosen, origin, licence, code, audit, attacked, audited, name)
-    request = _request(contents, result)
+    request, run = _request(contents, result), _run(result)
     done = _check_output(output, request if push is not None else None)
-    fingerprint = str(finished.manifest["result_fingerprint"])
-    standing = None if push is None else hub.check_push(push, fingerprint, public=public, api=api)
+    told = {"result_fingerprint": finished.manifest["result_fingerprint"], "run": run}
+    standing = None if push is None else hub.check_push(push, told, public=public, api=api)
     if not done:
         check_weights(finished, chosen)
         with storage.atomic_directory(output) as folder:
-            _fill(folder, contents, request)
+            _fill(folder, contents, {"run": run, "release": request})
     if push is not None and standing is not None:
         hub.push(output, push, standing=standing, public=public, api=api)
     return output
@@ -118,6 +118,11 @@ def _findings(
     return audit, attacked
 
 
+def _run(result: str | Path) -> str:
+    """What tells a run from another with the same result: its manifest says also how long it took, and on what."""
+    return hashlib.sha256((Path(result) / "manifest.json").read_bytes()).hexdigest()[:16]
+
+
 def _request(contents: Contents, result: str | Path) -> str:
     """What tells this release from any other of the same run."""
     manifest = (Path(result) / "manifest.json").read_bytes()
@@ -138,14 +143,14 @@ def _check_output(output: Path, request: str | None) -> bool:
     raise FileExistsError(f"{output} already holds something. Choose a new or empty output folder.")
 
 
-def _fill(folder: Path, contents: Contents, request: str) -> None:
+def _fill(folder: Path, contents: Contents, told: Mapping[str, str]) -> None:
     for name in contents.formats:
         copy_format(contents.finished, name, folder)
     if contents.code.names:
         add_custom_code(contents.code, folder)
     _copy_licence(contents, folder)
     storage.write_text(folder / "recipe.yaml", recipe_of(contents.finished.manifest)[0])
-    storage.write_text(folder / "manifest.json", json.dumps(_manifest(contents, request), indent=1))
+    storage.write_text(folder / "manifest.json", json.dumps({**_manifest(contents), **told}, indent=1))
     for finding in contents.findings:
         storage.write_text(folder / finding.file, json.dumps(finding.content, indent=1))
     card = make_card(contents)
@@ -153,13 +158,13 @@ def _fill(folder: Path, contents: Contents, request: str) -> None:
     ModelCard.load(folder / "README.md")  # says what is wrong with it while nothing is in place
 
 
-def _manifest(contents: Contents, request: str) -> Mapping[str, Any]:
+def _manifest(contents: Contents) -> dict[str, Any]:
     """The run's own, without paths, and of the formats that are here."""
     manifest = dict(contents.finished.manifest)
     settings = yaml.safe_load(recipe_of(manifest)[0])
     settings.pop("method")
     saved = {name: manifest["saved"][name] for name in contents.formats}
-    return {**manifest, "settings": settings, "model": contents.base.name, "saved": saved, "release": request}
+    return {**manifest, "settings": settings, "model": contents.base.name, "saved": saved}
 
 
 def _copy_licence(contents: Contents, folder: Path) -> None:
