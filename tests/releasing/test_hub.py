@@ -126,7 +126,7 @@ def test_an_empty_repository_is_filled_if_it_is_the_users_own(release, hub, owne
     if taken:
         assert files(release(push=f"{owner}/model")) == uploaded(hub, f"{owner}/model")
     else:
-        with pytest.raises(FileExistsError, match="so it is left as it is"):
+        with pytest.raises(FileExistsError, match="it is left as it is"):
             release(push=f"{owner}/model")
         assert uploaded(hub, f"{owner}/model") == {}
 

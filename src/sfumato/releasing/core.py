@@ -14,10 +14,10 @@ from huggingface_hub import ModelCard
 
 from sfumato import storage
 from sfumato.releasing import hub
-from sfumato.releasing.base import Base, find_base, licence_of
+from sfumato.releasing.base import BASE_FOLDER, Base, find_base, licence_of
 from sfumato.releasing.card import Contents, make_card, require_jinja
 from sfumato.releasing.commands import recipe_of
-from sfumato.releasing.contents import Finished, check_weights, choose_formats, copy_format, read_finished
+from sfumato.releasing.contents import Finished, check_weights, choose_formats, copy_base, copy_format, read_finished
 from sfumato.releasing.custom_code import CustomCode, add_custom_code, find_custom_code
 from sfumato.releasing.results import Finding, published, read_attack, read_evaluation
 
@@ -73,11 +73,12 @@ def release(
     chosen = choose_formats(finished, formats)
     code = find_custom_code(finished.index if "full" in chosen else {}, scheduler)
     origin = find_base(finished.manifest.get("model"), base)
+    base_code = _base_code(origin, chosen)
     licence = licence_of(origin, license)
     name = push or output.resolve().name
     audited = _audited(finished, chosen, code)
     audit, attacked = _findings(finished, evaluation, attacks, audited, origin, name)
-    contents = Contents(finished, chosen, origin, licence, code, audit, attacked, audited, name)
+    contents = Contents(finished, chosen, origin, licence, code, base_code, audit, attacked, audited, name)
     request, run = _request(contents, result), _run(result)
     done = _check_output(output, request if push is not None else None)
     told = {"result_fingerprint": finished.manifest["result_fingerprint"], "run": run}
@@ -101,6 +102,13 @@ def _audited(finished: Finished, formats: Sequence[str], code: CustomCode) -> st
     saved = {name for name, facts in finished.manifest["saved"].items() if facts is not None}
     exact = {"full", "delta", "part"} & saved
     return "." if not exact or exact & set(formats) else "again"
+
+
+def _base_code(base: Base, formats: Sequence[str]) -> CustomCode:
+    """What code of ours the original needs, if it goes into the release."""
+    if base.folder is None or not base.carried_by(formats):
+        return CustomCode()
+    return find_custom_code(storage.read_json(base.folder / "model_index.json"), None)
 
 
 def _findings(
@@ -148,6 +156,10 @@ def _fill(folder: Path, contents: Contents, told: Mapping[str, str]) -> None:
         copy_format(contents.finished, name, folder)
     if contents.code.names:
         add_custom_code(contents.code, folder)
+    if contents.base.folder is not None and contents.base.carried_by(contents.formats):
+        copy_base(contents.base.folder, folder / BASE_FOLDER)
+        if contents.base_code.names:
+            add_custom_code(contents.base_code, folder / BASE_FOLDER)
     _copy_licence(contents, folder)
     storage.write_text(folder / "recipe.yaml", recipe_of(contents.finished.manifest)[0])
     storage.write_text(folder / "manifest.json", json.dumps({**_manifest(contents), **told}, indent=1))
