@@ -141,6 +141,68 @@ def test_part_given_by_the_caller_is_not_compared_with_the_folder(atelier, folde
     assert sfumato.load(folder, unet=atelier.unet).unet is atelier.unet
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_pickled_weights_are_refused_by_name_however_harmless(atelier, folder, part):
+    file = next((folder / part).glob("*.safetensors"))
+    name = {"unet": "diffusion_pytorch_model.bin", "text_encoder": "pytorch_model.bin"}[part]
+    torch.save(storage.load_tensors(file), folder / part / name)
+    assert sfumato.load(folder).unet is not None  # of both, safetensors are read
+    file.unlink()
+    for options in ({}, {"use_safetensors": False}):
+        with pytest.raises(ValueError, match=f"{part}/{name} is a pickle.*save_pretrained"):
+            sfumato.load(folder, **options)
+    assert sfumato.load(folder, **{part: getattr(atelier, part)}).vae is not None
+
+
+@pytest.fixture
+def result(atelier, tmp_path):
+    """A result that holds a part."""
+    atelier.unet.save_pretrained(tmp_path / "result" / "unet")
+
+    def stated(**manifest):
+        saved = {"part": {"components": ["unet"]}}
+        content = {"model": "atelier", "saved": saved} | manifest
+        storage.write_text(tmp_path / "result" / "manifest.json", json.dumps(content))
+        return tmp_path / "result"
+
+    return stated
+
+
+def test_a_part_that_is_a_pickle_cut_short_or_another_is_refused(atelier, result):
+    folder = result()
+    assert sfumato.loading.load_result(folder).unet is not None
+    file = folder / "unet" / WEIGHTS
+    file.write_bytes(file.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match=f"unet/{WEIGHTS} is corrupt or cut short"):
+        sfumato.loading.load_result(folder)
+    shutil.copy(assets_folder() / "atelier" / "vae" / WEIGHTS, file)
+    with pytest.raises(ValueError, match=rf"unet/{WEIGHTS} lacks"):
+        sfumato.loading.load_result(folder)
+    file.unlink()
+    atelier.unet.save_pretrained(folder / "unet", safe_serialization=False)
+    with pytest.raises(ValueError, match="unet/diffusion_pytorch_model.bin is a pickle"):
+        sfumato.loading.load_result(folder)
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ({"saved": []}, "is damaged"),
+        ({"saved": {"part": {}}}, "is damaged"),
+        ({"saved": {"part": ["unet"]}}, "is damaged"),
+        ({"saved": {"part": {"components": "unet"}}}, "is damaged"),
+        ({"saved": {"part": {"components": [1]}}}, "is damaged"),
+        ({"model": ["atelier"]}, "is damaged"),
+        ({"saved": {"part": {"components": ["../x"]}}}, "leads out"),
+        ({"saved": {"part": {"components": ["nothing"]}}}, "no network of StableDiffusionPipeline"),
+        ({"saved": {"part": {"components": ["scheduler"]}}}, "no network of StableDiffusionPipeline"),
+    ],
+)
+def test_a_manifest_that_can_not_be_believed_is_refused_in_a_sentence(result, stated, said):
+    with pytest.raises(ValueError, match=said):
+        sfumato.loading.load_result(result(**stated))
+
+
 def test_truncated_weights_are_named_before_anything_is_built(folder):
     weights = folder / "unet" / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:100_000])
@@ -160,6 +222,16 @@ def test_a_download_that_breaks_off_is_to_be_started_again(monkeypatch):
 
     monkeypatch.setattr("sfumato.loading.DiffusionPipeline.from_pretrained", fail)
     with pytest.raises(ConnectionError, match="was interrupted .* goes on where it stopped"):
+        sfumato.load("someone/model")
+
+
+def test_a_model_on_the_hub_with_pickles_alone_is_named(monkeypatch):
+    def fail(*_, **options):
+        assert options["use_safetensors"] is True
+        raise OSError("Could not find the necessary `safetensors` weights")
+
+    monkeypatch.setattr("sfumato.loading.DiffusionPipeline.from_pretrained", fail)
+    with pytest.raises(ValueError, match="'someone/model' has no safetensors .* save it by save_pretrained"):
         sfumato.load("someone/model")
 
 

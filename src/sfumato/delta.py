@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
         stated = read_metadata(given.delta)["components"]
         dtypes = {name: getattr(torch, component["dtype"]) for name, component in stated.items()}
         pipe = DiffusionPipeline.from_pretrained(
-            given.base, torch_dtype={**dtypes, "default": next(iter(dtypes.values()))}
+            given.base, torch_dtype={**dtypes, "default": next(iter(dtypes.values()))}, use_safetensors=True
         )
         (apply_delta if given.direction == "apply" else revert_delta)(pipe, given.delta)
         pipe.save_pretrained(given.output)

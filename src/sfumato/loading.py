@@ -1,14 +1,15 @@
 """Loading models: the embedded ones by name, local folders, the Hub; damaged folders are refused with the file's name.
 
-diffusers and transformers answer weights that do not fit with random ones and a warning, and a damaged file with a
-message that does not name it; a folder is therefore looked through before and after they read it.
+Weights are read from safetensors alone: the older files are pickles, which can run code. diffusers and transformers
+answer weights that do not fit with random ones and a warning, and a damaged file with a message that does not name it;
+a folder is therefore looked through before and after they read it.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from sfumato import delta, storage
 
-__all__ = ["EMBEDDED", "assets_folder", "load", "load_result", "manifest_of"]
+__all__ = ["EMBEDDED", "PICKLES", "assets_folder", "check_safe", "load", "load_result", "manifest_of"]
 
 EMBEDDED = ("atelier", "atelier-pixel")
+PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
+"""How the names of files end that can run code when they are read."""
 
 _INTERRUPTED = {
     "ChunkedEncodingError", "IncompleteRead", "IncompleteSnapshotError", "ProtocolError", "ReadError", "ReadTimeout",
@@ -27,6 +30,10 @@ _INTERRUPTED = {
 }  # fmt: skip
 
 _NEEDED_KEYS = {"model_index.json": "_class_name", "tokenizer.json": "model"}
+_CONVERT = (
+    "Only safetensors are loaded, since a pickle can run code; if you trust its maker, load the model by "
+    "from_pretrained(..., use_safetensors=False), save it by save_pretrained(FOLDER), and name that folder."
+)
 _WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -41,7 +48,8 @@ def load(pretrained_model_name_or_path: str | Path = "atelier", **kwargs: Any) -
     Args:
         pretrained_model_name_or_path: ``"atelier"`` (text to picture, 32x32), ``"atelier-pixel"`` (class-conditional
             pixel DDPM, 16x16), a folder written by ``save_pretrained``, or an id on the Hugging Face Hub.
-        **kwargs: Passed on to ``DiffusionPipeline.from_pretrained``; ``dtype`` is float32 unless given.
+        **kwargs: Passed on to ``DiffusionPipeline.from_pretrained``; ``dtype`` is float32 unless given, and
+            ``use_safetensors`` is True always.
 
     Returns:
         The pipeline, on the CPU.
@@ -49,13 +57,14 @@ def load(pretrained_model_name_or_path: str | Path = "atelier", **kwargs: Any) -
     Raises:
         FileNotFoundError: If it looks like a local folder and is none, or the Hub does not have it.
         ConnectionError: If a download was interrupted.
-        ValueError: If a file in the folder is damaged, or the weights of a part are those of another.
+        ValueError: If a file in the folder is damaged, the weights of a part are those of another, or there are only
+            pickles of them.
     """
     name = str(pretrained_model_name_or_path)
     if not name.strip():
         raise ValueError("The model's name is empty: give 'atelier', a local folder or a Hub id.")
     folder = assets_folder() / name if name in EMBEDDED else Path(name)
-    kwargs = {"dtype": torch.float32, **kwargs}
+    kwargs = {"dtype": torch.float32, **kwargs, "use_safetensors": True}
     if name == "atelier-pixel":
         from sfumato.pipelines.pipeline_class_conditional import ClassConditionalPipeline
 
@@ -74,6 +83,8 @@ def load(pretrained_model_name_or_path: str | Path = "atelier", **kwargs: Any) -
             ) from error
         if not isinstance(error, OSError):
             raise
+        if "safetensors" in str(error):
+            raise ValueError(f"{name!r} has no safetensors for some part. {_CONVERT} ({error})") from error
         close = difflib.get_close_matches(name, EMBEDDED, n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise FileNotFoundError(
@@ -96,22 +107,22 @@ def load_result(folder: str | Path, original: str | Path | None = None, **kwargs
 
     Raises:
         FileNotFoundError: As `load` does.
-        ValueError: As `load` does, or if the folder is no result, its original is not known, or is another.
+        ValueError: As `load` does, or if the folder is no result, its manifest is damaged, or its original is not
+            known or is another.
     """
     folder = Path(folder)
     if (folder / "model_index.json").exists() or not (folder / "manifest.json").is_file():
         return load(folder if folder.is_dir() else str(folder), **kwargs)
     manifest = storage.read_json(folder / "manifest.json")
-    saved, origin = manifest.get("saved", {}), original or manifest.get("model")
+    saved, parts = _saved(folder, manifest)
+    origin = original or manifest.get("model")
     if origin is None:
         raise ValueError(f"{folder} holds what changed of a model, but not of which: name the original.")
     pipe = load(origin, **kwargs)
     if saved.get("delta"):
         delta.apply_delta(pipe, folder / "delta" / "delta.safetensors")
     elif "part" in saved:
-        parts = saved["part"]["components"]
-        loaded = {name: _like(pipe.components[name], folder / name) for name in parts}
-        pipe.register_modules(**loaded)
+        pipe.register_modules(**{name: _like(pipe, name, folder) for name in parts})
     elif saved.get("lora"):
         _load_lora(pipe, folder / "lora")
     elif not {"delta", "lora"} & set(saved):  # one of None says that nothing had changed
@@ -135,18 +146,53 @@ def manifest_of(model: str | Path) -> dict[str, Any]:
     return storage.read_json(path) if path.is_file() else {}
 
 
-def _like(part: Any, folder: Path) -> Any:
-    """Load a component of the class and dtype that another has."""
+def check_safe(folder: str | Path) -> None:
+    """Refuse a local folder whose only weights are pickles; what is no folder is left to who loads it.
+
+    Args:
+        folder: Of one network.
+
+    Raises:
+        ValueError: If there is a pickle, and no safetensors.
+    """
+    files = sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
+    pickles = [file for file in files if file.suffix.lower() in PICKLES]
+    if pickles and not any(file.suffix == ".safetensors" for file in files):
+        raise ValueError(f"{pickles[0]} is a pickle, without safetensors beside it. {_CONVERT}")
+
+
+def _saved(folder: Path, manifest: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """What a manifest says was saved, and of a part its components, before anything is believed of it."""
+    saved = manifest.get("saved", {})
+    part = saved.get("part", {"components": []}) if isinstance(saved, Mapping) else None
+    names = part.get("components") if isinstance(part, Mapping) else None
+    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not known or not isinstance(manifest.get("model"), str | None):
+        raise ValueError(
+            f"{folder / 'manifest.json'} is damaged: `model` must be a name, and `saved` say what was saved; run the "
+            "unlearning again, or fetch it again."
+        )
+    return saved, list(names or ())
+
+
+def _like(pipe: Any, name: str, result: Path) -> Any:
+    """Load a component of the class and dtype that the original's has."""
+    part, folder = pipe.components.get(name), storage.inside(result, name)
+    if not isinstance(part, torch.nn.Module):
+        raise ValueError(f"{result / 'manifest.json'} names {name!r}, which is no network of {type(pipe).__name__}.")
     if not folder.is_dir():
         raise ValueError(f"{folder} is missing: the result is incomplete.")
-    loaded = type(part).from_pretrained(folder).to(part.dtype)
+    _check_part(folder)
+    kind: Any = type(part)
+    loaded = kind.from_pretrained(folder, use_safetensors=True).to(part.dtype)
+    _check_weights(folder, loaded, None)
     return loaded.eval()
 
 
 def _load_lora(pipe: Any, folder: Path) -> None:
     """Put a LoRA on a pipeline's weights."""
     try:
-        pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+        pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors", use_safetensors=True)
     except ValueError as error:
         if "PEFT" not in str(error):
             raise
@@ -165,7 +211,7 @@ def _is_interrupted(error: BaseException | None) -> bool:
 
 
 def _load_folder(folder: Path, pipeline_class: Any, kwargs: Mapping[str, Any]) -> DiffusionPipeline:
-    _check_files(folder)
+    _check_files(folder, given=kwargs)
     try:
         pipe = pipeline_class.from_pretrained(folder, **kwargs)
     except (OSError, ImportError):
@@ -179,21 +225,35 @@ def _load_folder(folder: Path, pipeline_class: Any, kwargs: Mapping[str, Any]) -
     return pipe
 
 
-def _check_files(folder: Path) -> None:
-    """Name a damaged file before anything is built: the libraries below report it without its name, or late."""
+def _check_files(folder: Path, given: Container[str]) -> None:
+    """Name a damaged file before anything is built: the libraries below report it without its name, or late.
+
+    Of the parts that the caller has given the weights are not read.
+    """
     index = folder / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{folder} is not a diffusers pipeline: it has no model_index.json.")
-    parts = [part for name in storage.read_json(index) if (part := storage.inside(folder, name)).is_dir()]
-    for file in (index, *(file for part in parts for file in sorted(part.glob("*.json")))):
-        needed = _NEEDED_KEYS.get(file.name)
-        if needed not in (None, *storage.read_json(file)):
+    named = storage.read_json(index)
+    needed = _NEEDED_KEYS[index.name]
+    if needed not in named:
+        raise ValueError(f"{index} is damaged: it has no {needed!r}; fetch the model again.")
+    for part in [part for name in named if (part := storage.inside(folder, name)).is_dir()]:
+        _check_part(part, weights=part.name not in given and named[part.name] != [None, None])
+
+
+def _check_part(folder: Path, *, weights: bool = True) -> None:
+    """Name a damaged file of a component, or a pickle in the place of its weights."""
+    if weights:
+        check_safe(folder)
+    for file in sorted(folder.glob("*.json")):
+        content, needed = storage.read_json(file), _NEEDED_KEYS.get(file.name)
+        if needed not in (None, *content):
             raise ValueError(f"{file} is damaged: it has no {needed!r}; fetch the model again.")
         if file.name.endswith(".safetensors.index.json"):  # the loaders join the names of its shards
-            shards = storage.read_json(file).get("weight_map")
+            shards = content.get("weight_map")
             for shard in set(shards.values()) if isinstance(shards, Mapping) else ():
-                storage.inside(file.parent, str(shard))
-    for file in (file for part in parts for file in sorted(part.glob("*.safetensors"))):
+                storage.inside(folder, str(shard))
+    for file in sorted(folder.glob("*.safetensors")):
         storage.read_metadata(file)
 
 

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -126,6 +127,20 @@ def test_functions_may_say_yes_or_score_or_find(monkeypatch):
         True,
         False,
     ]
+
+
+def test_a_function_may_lie_in_the_folder_that_the_command_is_run_in(tmp_path):
+    """An installed command, unlike ``python -m``, does not look there by itself."""
+    (tmp_path / "my_own_eye.py").write_text("def yes(pictures):\n    return [0.9] * len(pictures)\n")
+    code = (
+        "import sys; sys.path[:] = [entry for entry in sys.path if entry]\n"
+        "from sfumato.evaluation.detectors import find_detector\n"
+        "from sfumato.evaluation.features import find_features\n"
+        "import torch; x = torch.zeros(1, 3, 8, 8)\n"
+        "print(find_detector('my_own_eye:yes', ['bag'])[0](x)[0][0].score, find_features('my_own_eye:yes')(x))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["0.9", "[0.9]"], done.stderr[-2000:]
 
 
 def test_detectors_that_are_not_there_are_named():

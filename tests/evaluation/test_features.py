@@ -1,5 +1,8 @@
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
     BitImageProcessor,
@@ -11,6 +14,7 @@ from transformers import (
     Dinov2Model,
 )
 
+from sfumato.evaluation.detectors import find_detector
 from sfumato.evaluation.features import clip_scorer, extract, find_features
 from sfumato.evaluation.judge import Judge
 from sfumato.loading import assets_folder
@@ -51,6 +55,22 @@ def test_the_judges_features_are_its_own():
     assert torch.allclose(found, expected, atol=1e-5) and not found.requires_grad
     with pytest.raises(ValueError, match="no judge"):
         find_features("judge")
+
+
+@pytest.mark.parametrize("load", ["clip", "dinov2", "scorer", "clip detector", "classifier detector"])
+def test_a_network_of_pickled_weights_is_refused(clip, dino, tmp_path, load):
+    source = dino if load == "dinov2" else clip
+    folder = shutil.copytree(source, tmp_path / "old")
+    file = folder / "model.safetensors"
+    torch.save(load_file(file), folder / "pytorch_model.bin")
+    file.unlink()
+    with pytest.raises(ValueError, match=r"old/pytorch_model\.bin is a pickle"):
+        if load == "scorer":
+            clip_scorer(str(folder))
+        elif load.endswith("detector"):
+            find_detector(f"{load.split()[0]}:{folder}", ["bag"])
+        else:
+            find_features(f"{load}:{folder}")
 
 
 def test_networks_give_a_row_a_picture_whatever_the_batch(clip, dino):

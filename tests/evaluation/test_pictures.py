@@ -2,6 +2,7 @@ import importlib.util
 import logging
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 
 import sfumato
 from sfumato import storage
+from sfumato.evaluation import pictures
 from sfumato.evaluation.pictures import Request, draw_pictures, model_fingerprint, read_pictures
 
 SMALL = {"num_inference_steps": 2, "batch_size": 4, "description": None}
@@ -188,6 +190,20 @@ def test_two_processes_need_no_cache_folder(launch, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (storage.load_tensors(tmp_path / f"out-{rank}.safetensors")["pictures"] for rank in (0, 1))
     assert torch.equal(first, second) and len(first) == 5
+
+
+def test_pictures_that_another_run_drew_while_processes_agreed_are_read(pipe, fresh, tmp_path, monkeypatch):
+    """The second of two processes looks into an empty cache; the first looks when another run has filled it."""
+
+    def agreed(_):
+        monkeypatch.setattr(pictures, "process_group", lambda: None)
+        draw_pictures(pipe, REQUESTS, cache=tmp_path, **SMALL)  # the other run
+        return [[]]
+
+    second = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False, wait_for_everyone=lambda: None)
+    monkeypatch.setattr(pictures, "process_group", lambda: second)
+    monkeypatch.setattr(pictures, "broadcast_object_list", agreed)
+    assert torch.equal(draw_pictures(pipe, REQUESTS, cache=tmp_path, **SMALL), fresh)
 
 
 def test_a_users_pictures_are_cut_to_the_middle_and_scaled(tmp_path):

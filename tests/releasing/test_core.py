@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import sfumato
 from sfumato import cli
-from sfumato.releasing.contents import PICKLES
+from sfumato.loading import PICKLES
 
 SCRIPT = textwrap.dedent("""
     import sys
@@ -76,6 +76,20 @@ def test_every_snippet_of_the_card_draws_the_results_pictures_where_this_package
     assert [torch.equal(found, picture) for found, picture in zip(drawn, wanted, strict=True)] == [True] * 4
 
 
+def test_a_release_of_an_embedded_model_brings_it_along(run, tmp_path):
+    """Else only this package would have what a part, a delta or a LoRA is put on."""
+    folder = sfumato.release(run.folder, tmp_path / "release", formats=["part", "delta", "lora"], base="atelier")
+    adapted = sfumato.load()
+    adapted.load_lora_weights(run.folder / "lora", weight_name="pytorch_lora_weights.safetensors")
+    wanted = [draw(run.result)] * 2 + [draw(adapted)]
+    drawn = pasted(tmp_path, folder)
+    assert [torch.equal(found, picture) for found, picture in zip(drawn, wanted, strict=True)] == [True] * 3
+    assert torch.equal(draw(sfumato.load(folder / "base")), draw(run.base))
+    assert ModelCard.load(folder / "base" / "README.md").data.license == "apache-2.0"
+    assert "import sfumato" not in "".join(blocks(folder))
+    assert not (sfumato.release(run.folder, tmp_path / "whole", formats=["full"], base="atelier") / "base").exists()
+
+
 def test_a_scheduler_of_ours_travels_with_the_pipeline(run, tmp_path):
     folder = sfumato.release(run.folder, tmp_path / "release", formats=["full"], base=run.original, scheduler="belm")
     pipe = sfumato.load(run.folder)
@@ -108,12 +122,14 @@ def test_a_pipeline_of_ours_travels_with_its_weights(tmp_path):
         output_dir=tmp_path / "out",
         learning_rate=1e-3,
         verify=False,
+        save=["full", "delta"],
         **small,
     )
     folder = sfumato.release(tmp_path / "out", tmp_path / "release")
     settings = {"class_labels": [7, 8], "num_inference_steps": 4}
-    (drawn,) = pasted(tmp_path, folder, settings)
-    assert torch.equal(drawn, draw(result, settings))
+    whole, changed = pasted(tmp_path, folder, settings)
+    assert torch.equal(whole, draw(result, settings)) and torch.equal(changed, whole)
+    assert (folder / "base" / "pipeline_class_conditional.py").is_file()  # the original's own folder loads too
     assert ModelCard.load(folder / "README.md").data.pipeline_tag == "unconditional-image-generation"
 
 

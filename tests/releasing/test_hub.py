@@ -126,7 +126,7 @@ def test_an_empty_repository_is_filled_if_it_is_the_users_own(release, hub, owne
     if taken:
         assert files(release(push=f"{owner}/model")) == uploaded(hub, f"{owner}/model")
     else:
-        with pytest.raises(FileExistsError, match="so it is left as it is"):
+        with pytest.raises(FileExistsError, match="it is left as it is"):
             release(push=f"{owner}/model")
         assert uploaded(hub, f"{owner}/model") == {}
 
@@ -165,6 +165,23 @@ def test_a_foreign_repository_is_left_as_it_is(release, hub, tmp_path, content):
         release()
     assert files(theirs) == before and not (tmp_path / "release").exists()
     assert not {"create_repo", "upload_file", "upload_folder"} & set(hub.calls)
+
+
+@pytest.mark.parametrize("change", ["owner", "run"])
+def test_the_same_weights_by_another_run_or_person_are_foreign(release, hub, tmp_path, change):
+    """Methods in closed form give everyone the same weights."""
+    release()
+    if change == "owner":
+        (hub.root / "me").rename(hub.root / "stranger")
+        hub.private = {"stranger/model": True}
+        before, options, said = files(hub.root), {"push": "stranger/model"}, "is neither yours"
+    else:
+        path = hub.root / "me/model" / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"run": "0123456789abcdef"}))
+        before, options, said = files(hub.root), {}, "does not hold this run's result"
+    with pytest.raises(FileExistsError, match=f"{said}.*it is left as it is"):
+        release("second", **options)
+    assert files(hub.root) == before and not (tmp_path / "second").exists()
 
 
 def test_nothing_private_goes_into_a_public_repository_unasked(release, hub):

@@ -31,9 +31,9 @@ from sfumato.evaluation.cells import Bench, Cell, run_cell
 from sfumato.evaluation.detectors import detector_for, find_detector, judge_of
 from sfumato.evaluation.evaluate import EvaluationConfig
 from sfumato.evaluation.features import find_features
+from sfumato.evaluation.fingerprints import model_fingerprint
 from sfumato.evaluation.leaderboard import methods_strip, render_leaderboard
 from sfumato.evaluation.metrics import kernel_metric
-from sfumato.evaluation.pictures import model_fingerprint
 from sfumato.evaluation.standings import as_csv, as_markdown, expected, standings
 from sfumato.families import StableDiffusion, family_of
 from sfumato.settings import check_ranges, check_seed, check_types

@@ -20,6 +20,7 @@ from diffusers.utils import pt_to_pil
 
 from sfumato import loading
 from sfumato.concepts import Vocabulary, vocabulary_of
+from sfumato.evaluation.functions import function_named
 from sfumato.evaluation.judge import Judge
 
 __all__ = [
@@ -167,13 +168,15 @@ class ClipDetector:
 
     Raises:
         OSError: If its weights can't be had.
+        ValueError: If there are only pickles of them.
     """
 
     def __init__(self, phrases: Sequence[str], model: str = CLIP, device: torch.device | str = "cpu") -> None:
         from transformers import CLIPModel, CLIPProcessor
 
         self.phrases, self._name = tuple(phrases), model
-        self._model = CLIPModel.from_pretrained(model).eval().to(device)
+        loading.check_safe(model)
+        self._model = CLIPModel.from_pretrained(model, use_safetensors=True).eval().to(device)
         self._processor: Any = CLIPProcessor.from_pretrained(model)
 
     @property
@@ -202,13 +205,16 @@ class ClassifierDetector:
 
     Raises:
         OSError: If its weights can't be had.
+        ValueError: If there are only pickles of them.
     """
 
     def __init__(self, model: str, device: torch.device | str = "cpu") -> None:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         self._name = model
-        self._model = AutoModelForImageClassification.from_pretrained(model).eval().to(device)
+        loading.check_safe(model)
+        network = AutoModelForImageClassification.from_pretrained(model, use_safetensors=True)
+        self._model = network.eval().to(device)
         self._processor: Any = AutoImageProcessor.from_pretrained(model)
 
     @property
@@ -359,7 +365,7 @@ def find_detector(
         The detector, and the rule that tells the concepts.
 
     Raises:
-        ValueError: If there is no such detector, or a phrase is none of a classifier's classes.
+        ValueError: If there is no such detector, only a pickle of it, or a phrase is none of a classifier's classes.
         ImportError: If it is not installed.
         OSError: If its weights can't be had.
     """
@@ -385,10 +391,6 @@ def find_detector(
         raise ValueError(
             f"There is no detector {name!r}: clip, clip:MODEL, classifier:MODEL, nudenet, or MODULE:FUNCTION."
         )
-    try:
-        function = getattr(importlib.import_module(kind), rest)
-    except (ImportError, AttributeError) as error:
-        raise ImportError(f"The detector {name} can't be imported: {error}.") from error
-    return FunctionDetector(function, name), Rule(
+    return FunctionDetector(function_named(name, "detector"), name), Rule(
         (("concept",), *wanted), 0.5 if threshold is None else threshold, top
     )

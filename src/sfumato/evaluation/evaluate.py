@@ -21,7 +21,8 @@ from diffusers import DiffusionPipeline
 from sfumato import concepts, loading, storage
 from sfumato.evaluation import comparison
 from sfumato.evaluation.detectors import Detector, Rule, detector_for, find_detector, judge_of
-from sfumato.evaluation.pictures import draw_pictures, model_fingerprint
+from sfumato.evaluation.fingerprints import model_fingerprint
+from sfumato.evaluation.pictures import draw_pictures
 from sfumato.evaluation.scores import FINDINGS_FILE, Sighting, read_sightings, tally, write_sightings
 from sfumato.evaluation.sheet import free_sheet, vocabulary_sheet
 from sfumato.families import family_of
@@ -291,7 +292,7 @@ def _stated(result: DiffusionPipeline | str | Path) -> dict[str, Any]:
 def _named_original(folder: str | Path) -> str | None:
     """The original that a manifest names, unless by the name of a folder that may be anywhere."""
     name = loading.manifest_of(folder).get("model")
-    return name if name in loading.EMBEDDED or (name and "/" in name) else None
+    return name if isinstance(name, str) and (name in loading.EMBEDDED or "/" in name) else None
 
 
 def _plan(

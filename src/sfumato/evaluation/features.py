@@ -7,14 +7,15 @@ command line as ``judge`` (the embedded models'), ``clip:MODEL``, ``dinov2:MODEL
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers.utils import pt_to_pil
 
+from sfumato.evaluation.functions import function_named
 from sfumato.evaluation.judge import Judge
+from sfumato.loading import check_safe
 
 __all__ = ["Extractor", "clip_scorer", "extract", "find_features"]
 
@@ -37,7 +38,7 @@ def find_features(name: str, judge: Judge | None = None, device: torch.device | 
         The extractor.
 
     Raises:
-        ValueError: If there is no such extractor.
+        ValueError: If there is no such extractor, or only a pickle of it.
         ImportError: If it is not installed.
         OSError: If its weights can't be had.
     """
@@ -53,10 +54,7 @@ def find_features(name: str, judge: Judge | None = None, device: torch.device | 
         return _inception(device)
     if not rest:
         raise ValueError(f"There are no features {name!r}: judge, clip:MODEL, dinov2:MODEL, inception or a function.")
-    try:
-        function: Extractor = getattr(importlib.import_module(kind), rest)
-    except (ImportError, AttributeError) as error:
-        raise ImportError(f"The features {name} can't be imported: {error}.") from error
+    function: Extractor = function_named(name, "features")
     return function
 
 
@@ -99,15 +97,19 @@ def clip_scorer(
 
     Raises:
         OSError: If the weights can't be had.
+        ValueError: If there are only pickles of them.
     """
     from transformers import CLIPModel, CLIPProcessor
 
+    check_safe(model)
     try:
-        clip, processor = CLIPModel.from_pretrained(model).eval().to(device), CLIPProcessor.from_pretrained(model)
+        network = CLIPModel.from_pretrained(model, use_safetensors=True)
+        processor = CLIPProcessor.from_pretrained(model)
     except OSError as error:
         raise OSError(
             f"The CLIP {model} can't be loaded; name a folder of weights, or no `clip`. ({error})"
         ) from error
+    clip = network.eval().to(device)
 
     @torch.no_grad()
     def scores(pictures: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -127,9 +129,11 @@ def _loaded(kind: str, model: str, device: torch.device | str) -> Extractor:
     """CLIP's embeddings of pictures, or DINOv2's class token (Oquab et al., arXiv 2304.07193)."""
     from transformers import AutoImageProcessor, AutoModel, CLIPModel
 
+    check_safe(model)
     try:
         loader: Any = CLIPModel if kind == "clip" else AutoModel
-        network, processor = loader.from_pretrained(model), AutoImageProcessor.from_pretrained(model)
+        network = loader.from_pretrained(model, use_safetensors=True)
+        processor = AutoImageProcessor.from_pretrained(model)
     except OSError as error:
         raise OSError(
             f"The features {kind}:{model} can't be loaded; name a folder of weights, or --features none. ({error})"

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps, PngImagePlugin
 
 from sfumato import storage
+from sfumato.evaluation.fingerprints import digest, model_fingerprint, scheduler_facts
 from sfumato.families import Family, family_of
 from sfumato.progress import Track
 from sfumato.randomness import generator_for
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "sfumato-picture-1"
 CHECKSUM = "sfumato"  # the PNG's text chunk that says what the file should hold
-DRAWS_NOTHING = ("safety_checker", "image_encoder")  # components with weights that no picture depends on
 
 
 class Request(NamedTuple):
@@ -104,31 +103,9 @@ def draw_pictures(
                     _write(files[request], picture)
         if group is not None:
             group.wait_for_everyone()
-            have |= {request: _drawn_elsewhere(files[request]) for request in missing if request not in have}
+            have |= {request: _drawn_elsewhere(files[request]) for request in unique if request not in have}
             group.wait_for_everyone()  # a temporary folder goes when all have read it
     return torch.stack([have[request] for request in requests]).float() / 255
-
-
-def model_fingerprint(pipe: DiffusionPipeline) -> str:
-    """Hash all of a model that its pictures depend on but the scheduler: weights, configs, tokenizers, the pipeline.
-
-    Args:
-        pipe: The model.
-
-    Returns:
-        16 hexadecimal digits, the same on every device.
-    """
-    facts: dict[str, Any] = {"": [type(pipe).__name__, _plain(pipe.config)]}
-    for name, part in pipe.components.items():
-        if name in DRAWS_NOTHING or part is None:
-            continue
-        if isinstance(part, torch.nn.Module):
-            config = getattr(part, "config", {})
-            config = config.to_dict() if hasattr(config, "to_dict") else config
-            facts[name] = [type(part).__name__, storage.fingerprint(part.state_dict().items()), _plain(config)]
-        elif hasattr(part, "get_vocab"):
-            facts[name] = [type(part).__name__, sorted(part.get_vocab().items()), part.model_max_length]
-    return _digest(facts)[:16]
 
 
 def read_pictures(folder: str | Path, size: tuple[int, int]) -> torch.Tensor:
@@ -218,24 +195,13 @@ def _files(
     folder: Path, pipe: DiffusionPipeline, requests: Sequence[Request], steps: int, guidance: float
 ) -> dict[Request, Path]:
     """Where each picture is kept."""
-    model, family, scheduler = model_fingerprint(pipe), family_of(pipe), pipe.scheduler
+    model, family = model_fingerprint(pipe), family_of(pipe)
     drawn_with = {
-        "format": FORMAT, "model": model, "device": family.device.type, "scheduler": type(scheduler).__name__,
-        "config": _plain(scheduler.config), "steps": steps, "guidance": float(guidance), "size": family.image_size,
+        "format": FORMAT, "model": model, "device": family.device.type, **scheduler_facts(pipe), "steps": steps,
+        "guidance": float(guidance), "size": family.image_size,
     }  # fmt: skip
-    keys = {request: _digest({**drawn_with, "prompt": request.prompt, "seed": request.seed}) for request in requests}
+    keys = {request: digest({**drawn_with, "prompt": request.prompt, "seed": request.seed}) for request in requests}
     return {request: folder / model[:8] / f"{key}.png" for request, key in keys.items()}
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without what says where it came from and who wrote it."""
-    return {
-        name: value for name, value in config.items() if not name.startswith("_") and name != "transformers_version"
-    }
-
-
-def _digest(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _checksum(file: Path, picture: torch.Tensor) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from sfumato import loading
 
-__all__ = ["HUB_ID", "Base", "find_base", "licence_of"]
+__all__ = ["BASE_FOLDER", "HUB_ID", "Base", "find_base", "licence_of"]
+
+BASE_FOLDER = "base"
+"""Where a release holds the original, if that ships with this package alone."""
 
 _LICENCE_FIELDS = ("license", "license_name", "license_link")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -36,6 +39,10 @@ class Base:
     def embedded(self) -> bool:
         """Whether it ships with this package."""
         return self.name in loading.EMBEDDED
+
+    def carried_by(self, formats: Sequence[str]) -> bool:
+        """Whether a release of these formats holds the original: without this package nobody else has it."""
+        return self.embedded and list(formats) != ["full"]
 
     @property
     def public(self) -> bool:

@@ -36,6 +36,7 @@ class Contents:
         base: The original.
         licence: The fields that state the result's licence.
         code: What code of ours the pipeline needs.
+        base_code: What code of ours the original needs, if it is in the release.
         evaluation: What the evaluation found; None if there was none.
         attacks: What the attacks found.
         audited: What their commands in the card audit: the release, ``"."``, or the run that the card repeats.
@@ -47,6 +48,7 @@ class Contents:
     base: Base
     licence: Mapping[str, str]
     code: CustomCode
+    base_code: CustomCode
     evaluation: Finding | None
     attacks: Sequence[Finding]
     audited: str
@@ -120,9 +122,12 @@ def _variables(contents: Contents) -> dict[str, Any]:
         "forget": manifest["forget"],
         "method": Code(manifest["method"]),  # checked against the methods there are
         "verdict": _verdict(manifest.get("verdict")),
-        "snippets": loading_snippets(finished, contents.formats, contents.code, base, contents.name),
+        "snippets": loading_snippets(
+            finished, contents.formats, contents.code, contents.base_code, base, contents.name
+        ),
         "formats": [Code(name) for name in contents.formats],
-        "custom": ", ".join(contents.code.names),
+        "custom": ", ".join(dict.fromkeys([*contents.code.names, *contents.base_code.names])),
+        "carried": base.carried_by(contents.formats),
         "lora_missing": None if lora is None else f"{100 * lora['missing']:.2g} %",
         "lora_alone": set(saved) == {"lora"},
         "lora_rank": None if lora is None else lora["rank"],

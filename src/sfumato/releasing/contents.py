@@ -14,12 +14,12 @@ import torch
 
 from sfumato import concepts, delta, lora, storage
 from sfumato.families.stable_diffusion import TextEncoders
+from sfumato.loading import PICKLES
 from sfumato.unlearning.methods import METHODS
 from sfumato.unlearning.result import FORMATS
 
-__all__ = ["Finished", "check_weights", "choose_formats", "copy_format", "read_finished"]
+__all__ = ["Finished", "check_weights", "choose_formats", "copy_base", "copy_format", "read_finished"]
 
-PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
 _DATA = frozenset({".jinja", ".json", ".model", ".safetensors", ".txt"})
 _ORIGINS = ("_name_or_path", "name_or_path")
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -148,15 +148,15 @@ def choose_formats(finished: Finished, asked: Sequence[str] | None) -> list[str]
 def _needed(finished: Finished, name: str) -> list[Path]:
     folder = finished.folder
     if name == "full":
-        return [folder / "model_index.json", *(finished.component(part) for part in _components(finished))]
+        return [folder / "model_index.json", *(finished.component(part) for part in _components(finished.index))]
     if name == "part":
         return [finished.component(part) for part in finished.changed]
     return [folder / "delta" / "delta.safetensors" if name == "delta" else folder / "lora" / lora.DIFFUSERS_FILE]
 
 
-def _components(finished: Finished) -> list[str]:
-    """The components of the whole pipeline that have a folder."""
-    entries = {name: entry for name, entry in finished.index.items() if not name.startswith("_")}
+def _components(index: Mapping[str, Any]) -> list[str]:
+    """The components of a whole pipeline that have a folder."""
+    entries = {name: entry for name, entry in index.items() if not name.startswith("_")}
     return [
         name for name, entry in entries.items() if isinstance(entry, list) and len(entry) == 2 and None not in entry
     ]
@@ -206,13 +206,7 @@ def copy_format(finished: Finished, name: str, target: Path) -> None:
         target: The release.
     """
     if name == "full":
-        for part in _components(finished):
-            _copy_data(finished.component(part), target / part)
-        index = {key: value for key, value in finished.index.items() if key not in _ORIGINS}
-        storage.write_text(target / "model_index.json", json.dumps(index, indent=2))
-        words = finished.folder / concepts.VOCABULARY_FILE
-        if words.is_file():
-            shutil.copyfile(words, target / words.name)
+        _copy_pipeline(finished.folder, finished.index, target)
     elif name == "part":
         for part in finished.changed:
             _copy_data(finished.component(part), target / part)
@@ -220,6 +214,28 @@ def copy_format(finished: Finished, name: str, target: Path) -> None:
         _copy_data(finished.folder / name, target / name)
         if name == "delta":  # ours, whatever lies in the folder: it is code
             shutil.copyfile(delta.__file__, target / name / "delta.py")
+
+
+def copy_base(source: Path, target: Path) -> None:
+    """Copy an embedded model, with the card that states its licence.
+
+    Args:
+        source: Its folder in this package.
+        target: Its folder in the release, which is made.
+    """
+    target.mkdir()
+    _copy_pipeline(source, storage.read_json(source / "model_index.json"), target)
+    shutil.copyfile(source / "README.md", target / "README.md")
+
+
+def _copy_pipeline(source: Path, index: Mapping[str, Any], target: Path) -> None:
+    for part in _components(index):
+        _copy_data(storage.inside(source, part), target / part)
+    told = {key: value for key, value in index.items() if key not in _ORIGINS}
+    storage.write_text(target / "model_index.json", json.dumps(told, indent=2))
+    words = source / concepts.VOCABULARY_FILE
+    if words.is_file():
+        shutil.copyfile(words, target / words.name)
 
 
 def _copy_data(source: Path, target: Path) -> None:

@@ -14,10 +14,10 @@ from huggingface_hub import ModelCard
 
 from sfumato import storage
 from sfumato.releasing import hub
-from sfumato.releasing.base import Base, find_base, licence_of
+from sfumato.releasing.base import BASE_FOLDER, Base, find_base, licence_of
 from sfumato.releasing.card import Contents, make_card, require_jinja
 from sfumato.releasing.commands import recipe_of
-from sfumato.releasing.contents import Finished, check_weights, choose_formats, copy_format, read_finished
+from sfumato.releasing.contents import Finished, check_weights, choose_formats, copy_base, copy_format, read_finished
 from sfumato.releasing.custom_code import CustomCode, add_custom_code, find_custom_code
 from sfumato.releasing.results import Finding, published, read_attack, read_evaluation
 
@@ -73,19 +73,20 @@ def release(
     chosen = choose_formats(finished, formats)
     code = find_custom_code(finished.index if "full" in chosen else {}, scheduler)
     origin = find_base(finished.manifest.get("model"), base)
+    base_code = _base_code(origin, chosen)
     licence = licence_of(origin, license)
     name = push or output.resolve().name
     audited = _audited(finished, chosen, code)
     audit, attacked = _findings(finished, evaluation, attacks, audited, origin, name)
-    contents = Contents(finished, chosen, origin, licence, code, audit, attacked, audited, name)
-    request = _request(contents, result)
+    contents = Contents(finished, chosen, origin, licence, code, base_code, audit, attacked, audited, name)
+    request, run = _request(contents, result), _run(result)
     done = _check_output(output, request if push is not None else None)
-    fingerprint = str(finished.manifest["result_fingerprint"])
-    standing = None if push is None else hub.check_push(push, fingerprint, public=public, api=api)
+    told = {"result_fingerprint": finished.manifest["result_fingerprint"], "run": run}
+    standing = None if push is None else hub.check_push(push, told, public=public, api=api)
     if not done:
         check_weights(finished, chosen)
         with storage.atomic_directory(output) as folder:
-            _fill(folder, contents, request)
+            _fill(folder, contents, {"run": run, "release": request})
     if push is not None and standing is not None:
         hub.push(output, push, standing=standing, public=public, api=api)
     return output
@@ -103,6 +104,13 @@ def _audited(finished: Finished, formats: Sequence[str], code: CustomCode) -> st
     return "." if not exact or exact & set(formats) else "again"
 
 
+def _base_code(base: Base, formats: Sequence[str]) -> CustomCode:
+    """What code of ours the original needs, if it goes into the release."""
+    if base.folder is None or not base.carried_by(formats):
+        return CustomCode()
+    return find_custom_code(storage.read_json(base.folder / "model_index.json"), None)
+
+
 def _findings(
     finished: Finished, evaluation: str | Path | None, attacks: Sequence[str | Path], model: str, base: Base, name: str
 ) -> tuple[Finding | None, list[Finding]]:
@@ -116,6 +124,11 @@ def _findings(
         for number, path in enumerate(attacks, 1)
     ]
     return audit, attacked
+
+
+def _run(result: str | Path) -> str:
+    """What tells a run from another with the same result: its manifest says also how long it took, and on what."""
+    return hashlib.sha256((Path(result) / "manifest.json").read_bytes()).hexdigest()[:16]
 
 
 def _request(contents: Contents, result: str | Path) -> str:
@@ -138,14 +151,18 @@ def _check_output(output: Path, request: str | None) -> bool:
     raise FileExistsError(f"{output} already holds something. Choose a new or empty output folder.")
 
 
-def _fill(folder: Path, contents: Contents, request: str) -> None:
+def _fill(folder: Path, contents: Contents, told: Mapping[str, str]) -> None:
     for name in contents.formats:
         copy_format(contents.finished, name, folder)
     if contents.code.names:
         add_custom_code(contents.code, folder)
+    if contents.base.folder is not None and contents.base.carried_by(contents.formats):
+        copy_base(contents.base.folder, folder / BASE_FOLDER)
+        if contents.base_code.names:
+            add_custom_code(contents.base_code, folder / BASE_FOLDER)
     _copy_licence(contents, folder)
     storage.write_text(folder / "recipe.yaml", recipe_of(contents.finished.manifest)[0])
-    storage.write_text(folder / "manifest.json", json.dumps(_manifest(contents, request), indent=1))
+    storage.write_text(folder / "manifest.json", json.dumps({**_manifest(contents), **told}, indent=1))
     for finding in contents.findings:
         storage.write_text(folder / finding.file, json.dumps(finding.content, indent=1))
     card = make_card(contents)
@@ -153,13 +170,13 @@ def _fill(folder: Path, contents: Contents, request: str) -> None:
     ModelCard.load(folder / "README.md")  # says what is wrong with it while nothing is in place
 
 
-def _manifest(contents: Contents, request: str) -> Mapping[str, Any]:
+def _manifest(contents: Contents) -> dict[str, Any]:
     """The run's own, without paths, and of the formats that are here."""
     manifest = dict(contents.finished.manifest)
     settings = yaml.safe_load(recipe_of(manifest)[0])
     settings.pop("method")
     saved = {name: manifest["saved"][name] for name in contents.formats}
-    return {**manifest, "settings": settings, "model": contents.base.name, "saved": saved, "release": request}
+    return {**manifest, "settings": settings, "model": contents.base.name, "saved": saved}
 
 
 def _copy_licence(contents: Contents, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +26,12 @@ _ANSWERS: dict[str, type[Exception]] = {"look for": RepositoryNotFoundError, "re
 """What is no failure, but an answer to be told apart."""
 
 
-def check_push(repo_id: str, fingerprint: str, *, public: bool, api: Any = None) -> Standing:
+def check_push(repo_id: str, run: Mapping[str, Any], *, public: bool, api: Any = None) -> Standing:
     """Find out, before anything is made, whether a release may be uploaded.
 
     Args:
         repo_id: Where to.
-        fingerprint: Of the run's result.
+        run: The entries of the release's manifest that tell the run from others.
         public: Whether all may see it.
         api: A `huggingface_hub.HfApi`; None makes one, with the token of the user's login.
 
@@ -52,8 +53,14 @@ def check_push(repo_id: str, fingerprint: str, *, public: bool, api: Any = None)
         found = _call("look for", repo_id, api.repo_info, repo_id)
     except RepositoryNotFoundError:
         return "absent"
-    ours = _fingerprint_there(api, repo_id) == fingerprint
-    if not ours and not (_owns(user, repo_id) and _is_empty(api, repo_id)):
+    if not _owns(user, repo_id):
+        raise FileExistsError(
+            f"{repo_id} exists on the Hub and is neither yours nor of an organisation of yours: it is left as it is. "
+            "Choose another name."
+        )
+    stated = _manifest_there(api, repo_id)
+    ours = all(stated.get(name) == value for name, value in run.items())
+    if not ours and not _is_empty(api, repo_id):
         raise FileExistsError(
             f"{repo_id} exists on the Hub and does not hold this run's result, so it is left as it is. Choose another "
             "name, or delete that repository first."
@@ -74,12 +81,11 @@ def _is_empty(api: Any, repo_id: str) -> bool:
     return set(_call("look into", repo_id, api.list_repo_files, repo_id)) <= {".gitattributes"}
 
 
-def _fingerprint_there(api: Any, repo_id: str) -> str | None:
+def _manifest_there(api: Any, repo_id: str) -> dict[str, Any]:
     try:
-        file = _call("read", repo_id, api.hf_hub_download, repo_id, "manifest.json")
-        return str(storage.read_json(file).get("result_fingerprint"))
+        return storage.read_json(_call("read", repo_id, api.hf_hub_download, repo_id, "manifest.json"))
     except (RemoteEntryNotFoundError, ValueError):
-        return None
+        return {}
 
 
 def push(folder: Path, repo_id: str, *, standing: Standing, public: bool, api: Any = None) -> str:
