@@ -225,6 +225,24 @@ def test_a_download_that_breaks_off_is_to_be_started_again(monkeypatch):
         sfumato.load("someone/model")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Task error: File reconstruction error: CAS Client Error: Request middleware error"),
+        OSError("Consistency check failed: file should be of size 100 but has size 7 (unet/model.safetensors)."),
+        ConnectionResetError(104, "Connection reset by peer"),
+    ],
+    ids=["xet", "short", "reset"],
+)
+def test_every_way_of_breaking_off_is_known(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("sfumato.loading.DiffusionPipeline.from_pretrained", fail)
+    with pytest.raises(ConnectionError, match="goes on where it stopped"):
+        sfumato.load("someone/model")
+
+
 def test_a_model_on_the_hub_with_pickles_alone_is_named(monkeypatch):
     def fail(*_, **options):
         assert options["use_safetensors"] is True

@@ -29,6 +29,9 @@ _INTERRUPTED = {
     "ReadTimeoutError", "RemoteProtocolError",
 }  # fmt: skip
 
+_INTERRUPTED_WORDS = re.compile("Consistency check failed|File reconstruction error|CAS Client Error")
+"""What huggingface_hub says of a file that came short, and its Xet client, which raises plain RuntimeErrors."""
+
 _NEEDED_KEYS = {"model_index.json": "_class_name", "tokenizer.json": "model"}
 _CONVERT = (
     "Only safetensors are loaded, since a pickle can run code; if you trust its maker, load the model by "
@@ -122,8 +125,10 @@ def load_result(folder: str | Path, original: str | Path | None = None, **kwargs
     if saved.get("delta"):
         delta.apply_delta(pipe, folder / "delta" / "delta.safetensors")
     elif "part" in saved:
+        _check_original(pipe, manifest, folder)
         pipe.register_modules(**{name: _like(pipe, name, folder) for name in parts})
     elif saved.get("lora"):
+        _check_original(pipe, manifest, folder)
         _load_lora(pipe, folder / "lora")
     elif not {"delta", "lora"} & set(saved):  # one of None says that nothing had changed
         raise ValueError(f"{folder} is no result of unlearning: its manifest names no format that was saved.")
@@ -175,6 +180,19 @@ def _saved(folder: Path, manifest: Mapping[str, Any]) -> tuple[Mapping[str, Any]
     return saved, list(names or ())
 
 
+def _check_original(pipe: DiffusionPipeline, manifest: Mapping[str, Any], folder: Path) -> None:
+    """Refuse an original that is not the one which was unlearned, as far as its weights, in that dtype, tell."""
+    for name, facts in manifest.get("originals", {}).items():
+        part = pipe.components.get(name)
+        if isinstance(part, torch.nn.Module) and str(part.dtype) != facts["dtype"]:
+            continue
+        if part is None or storage.fingerprint(part.named_parameters()) != facts["fingerprint"]:
+            raise ValueError(
+                f"{folder} is a change of another model's {name}: it was made from {manifest.get('model')}, and this "
+                "original's weights are different. Name the original that was unlearned."
+            )
+
+
 def _like(pipe: Any, name: str, result: Path) -> Any:
     """Load a component of the class and dtype that the original's has."""
     part, folder = pipe.components.get(name), storage.inside(result, name)
@@ -202,9 +220,11 @@ def _load_lora(pipe: Any, folder: Path) -> None:
 
 
 def _is_interrupted(error: BaseException | None) -> bool:
-    """Whether a download broke off, by the names that the libraries which may carry it have for that."""
+    """Whether a download broke off, by the names and words that the libraries which may carry it have for that."""
     while error is not None:
-        if type(error).__name__ in _INTERRUPTED:
+        if type(error).__name__ in _INTERRUPTED or isinstance(error, ConnectionResetError | ConnectionAbortedError):
+            return True
+        if _INTERRUPTED_WORDS.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

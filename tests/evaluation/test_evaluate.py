@@ -129,6 +129,16 @@ def test_every_format_is_loaded_on_top_of_the_original(made, kind):
     assert max(float((stock[name] - values).abs().max()) for name, values in found.items()) > 0.02
 
 
+@pytest.mark.parametrize("kind", ["delta", "part", "lora"])
+def test_another_original_is_refused(made, kind, tmp_path):
+    other = sfumato.load()
+    with torch.no_grad():
+        other.unet.conv_out.weight += 0.1
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"unet|another"):
+        sfumato.loading.load_result(made / kind, tmp_path)
+
+
 def test_a_folder_that_is_no_result_is_refused(made, tmp_path):
     storage.write_text(tmp_path / "manifest.json", json.dumps({"model": "atelier"}))
     with pytest.raises(ValueError, match="is no result"):

@@ -90,7 +90,8 @@ def write_result(
     with storage.atomic_directory(folder / "result") as partial:
         saved = _save(base, result, partial, config, manifest, lora)
         storage.write_text(partial / "history.json", json.dumps(history))
-        storage.write_text(partial / "manifest.json", json.dumps({**manifest, "saved": saved}, indent=1))
+        facts = {**manifest, "saved": saved, "originals": _originals(base, result)}
+        storage.write_text(partial / "manifest.json", json.dumps(facts, indent=1))
     last = "model_index.json" if "full" in config.save else "manifest.json"  # it says that all is there
     for entry in sorted((folder / "result").iterdir(), key=lambda path: path.name == last):
         target = folder / entry.name
@@ -100,6 +101,15 @@ def write_result(
     (folder / "result").rmdir()
     for leftover in ("checkpoints", "examples"):
         shutil.rmtree(folder / leftover, ignore_errors=True)
+
+
+def _originals(base: DiffusionPipeline, result: DiffusionPipeline) -> dict[str, dict[str, str]]:
+    """What tells the components that changed, as they were before, from another model's."""
+    before = {name: part for name, part in base.components.items() if part is not result.components[name]}
+    return {
+        name: {"dtype": str(part.dtype), "fingerprint": storage.fingerprint(part.named_parameters())}
+        for name, part in before.items()
+    }
 
 
 def _save(
