@@ -107,7 +107,7 @@ def save_lora(pipe: DiffusionPipeline, lora: Lora, folder: str | Path) -> list[P
                 _kohya_name(name, single): value.contiguous()
                 for name, value in convert_state_dict_to_kohya(named).items()
             }
-            storage.save_tensors(partial / KOHYA_FILE, kohya)
+            storage.save_tensors(partial / KOHYA_FILE, kohya if single else kohya | _misread(kohya))
     return sorted(folder.iterdir())
 
 
@@ -119,6 +119,16 @@ def _kohya_name(name: str, single: bool) -> str:
     if separator and not encoder.endswith("_text_model"):
         name = f"{encoder}_text_model{separator}{layer}"
     return name.replace("lora_te1_", "lora_te_") if single else name
+
+
+def _misread(kohya: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The layer of SDXL that A1111 looks for in a place where Stable Diffusion 1 has it, once more by its place.
+
+    It leaves out names that lead nowhere, as the first then does; diffusers leaves out names by place among others,
+    and ComfyUI finds the same layer by both, and takes it once.
+    """
+    first, place = "lora_unet_up_blocks_0_upsamplers_0_conv.", "lora_unet_output_blocks_2_2_conv."
+    return {name.replace(first, place): value.clone() for name, value in kohya.items() if name.startswith(first)}
 
 
 def require_loader(pipe: DiffusionPipeline, component: str) -> None:

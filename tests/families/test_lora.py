@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sfumato.lora import KOHYA_FILE, _factors, extract_lora, save_lora
+from sfumato.lora import KOHYA_FILE, Lora, _factors, extract_lora, save_lora
 
 RANK = 2
 PARTS = {
@@ -84,6 +84,20 @@ def test_kohya_names_lead_to_the_same_model(kind, pipe, tmp_path):
     stock = changed(pipe, PARTS[kind], rank=0)
     stock.load_lora_weights(tmp_path / "lora", weight_name=KOHYA_FILE)
     assert torch.allclose(draw(stock), draw(result), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sdxl"])
+def test_the_layer_that_a1111_misplaces_is_also_named_by_its_place(kind, pipe, tmp_path):
+    shape = {"lora_A": (RANK, 8, 3, 3), "lora_B": (8, RANK, 1, 1)}
+    layer = "up_blocks.0.upsamplers.0.conv"
+    factors = {f"{layer}.{side}.weight": torch.full(size, 0.1) for side, size in shape.items()}
+    save_lora(pipe, Lora({"unet": factors}, RANK, 0.0), tmp_path / "lora")
+    stored = load_file(tmp_path / "lora" / KOHYA_FILE)
+    places = {name.split(".")[0] for name in stored}
+    assert places == {"lora_unet_up_blocks_0_upsamplers_0_conv", "lora_unet_output_blocks_2_2_conv"}
+    assert len(stored) == 2 * 3  # down, up, alpha
+    read, _ = type(pipe).lora_state_dict(tmp_path / "lora", weight_name=KOHYA_FILE, unet_config=pipe.unet.config)
+    assert {name.split(".lora")[0] for name in read} == {f"unet.{layer}"}
 
 
 @pytest.mark.parametrize("kind", ["sd"])
