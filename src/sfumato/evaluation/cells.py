@@ -29,7 +29,7 @@ from sfumato import concepts, loading, recipes, storage
 from sfumato.attacks.audit import RESULT_FILE as ATTACK_FILE
 from sfumato.attacks.audit import attack
 from sfumato.evaluation.detectors import find_detector
-from sfumato.evaluation.evaluate import RESULT_FILE, EvaluationConfig, evaluate
+from sfumato.evaluation.evaluate import RESULT_FILE, EvaluationConfig, evaluate, release_bytes
 from sfumato.evaluation.fingerprints import scheduler_facts
 from sfumato.evaluation.pictures import Request, draw_pictures
 from sfumato.evaluation.scores import read_sightings
@@ -39,7 +39,6 @@ __all__ = ["Bench", "Cell", "cells_beside", "run_cell"]
 
 FAILURES_FILE, EXAMPLES_FILE, ROW_FILE = "failed.json", "examples.safetensors", "cell.json"
 FORGET_EXAMPLES, RETAIN_EXAMPLES, EXAMPLE_SIDE = 6, 9, 128
-NOT_RELEASED = frozenset({"logs", "checkpoints", "examples", "history.json", "manifest.json"})
 COSTS = ("seconds", "peak_memory_mb", "denoiser_evaluations")
 
 
@@ -252,11 +251,8 @@ def _unlearn(cell: Cell, say: Callable[[str], None]) -> dict[str, Any]:
         say("unlearns")
         _run([*cell.command, *(["--resume"] if folder.exists() else [])])
     manifest = storage.read_json(folder / "manifest.json")
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    released = [file for file in files if file.relative_to(folder).parts[0] not in NOT_RELEASED]
-    size = sum(file.stat().st_size for file in released)
     return {
-        "costs": {**{name: manifest.get(name) for name in COSTS}, "release_bytes": size},
+        "costs": {**{name: manifest.get(name) for name in COSTS}, "release_bytes": release_bytes(folder)},
         "recipe": manifest.get("recipe"), "device": manifest.get("device"), "versions": manifest.get("versions"),
     }  # fmt: skip
 
