@@ -10,13 +10,18 @@ import sys
 import time
 from html.parser import HTMLParser
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
+import sfumato
 from sfumato import cli, storage
 from sfumato.evaluation.benchmark import OWN_FILES, BenchmarkConfig, benchmark
+from sfumato.evaluation.cells import Bench, Cell
+from sfumato.evaluation.evaluate import EvaluationConfig
 from sfumato.evaluation.leaderboard import pareto_front, render_leaderboard
 from sfumato.evaluation.metrics import wilson
+from sfumato.evaluation.pictures import Request
 from sfumato.evaluation.standings import as_csv, as_markdown, expected, pooled, robustness, standings
 
 FAST = ["--quick", "--num_inference_steps", "4", "--attack_count", "2", "--device", "cpu"]
@@ -62,6 +67,12 @@ def test_domains_are_reported_apart_and_counts_are_pooled(finished):
         assert found["methods"]["uce"]["measures"][name] == whole
     neighbours = [n for n in found["concepts"]["sneaker"]["uce"]["measures"] if n.startswith("neighbour ")]
     assert "neighbour boot" in neighbours and "neighbour sneaker" not in neighbours
+
+
+def test_the_original_has_no_more_pictures_than_were_drawn(finished):
+    """The concepts are of two domains, so that most pictures without the one are without the other too."""
+    before, after = (finished[1]["methods"][name]["measures"]["ira"]["total"] for name in ("original", "uce"))
+    assert before <= 240 < after
 
 
 def test_everything_is_in_the_json(finished):
@@ -138,6 +149,27 @@ def test_a_method_is_added_and_neither_that_nor_a_kill_loses_what_is_done(finish
     after = made(folder)
     assert {file: after[file] for file in before | kept} == before | kept
     assert {file.relative_to(folder / "cells").parts[0][:4] for file in after.keys() - before.keys()} == {"rece"}
+
+
+def test_what_a_call_does_not_name_stays_on_the_leaderboard_if_it_was_made_alike(finished, tmp_path):
+    folder = shutil.copytree(finished[2], tmp_path / "out")
+    _, found = run(folder, "--methods", "uce", "--concepts", "sneaker", "--attacks", "embeddings", "--resume")
+    assert all(found[key] == finished[1][key] for key in ("methods", "domains", "concepts"))
+    assert [cell["folder"] for cell in found["cells"]] == [cell["folder"] for cell in finished[1]["cells"]]
+    assert "sketch" in (folder / "leaderboard.html").read_text() + (folder / "leaderboard.csv").read_text()
+    _, found = run(
+        folder, "--methods", "uce", "--concepts", "sneaker", "--attacks", "none", "--forget_repeats", "2", "--resume"
+    )
+    assert list(found["concepts"]) == ["sneaker"]
+
+
+def test_another_scheduler_is_another_cell():
+    pipe, folders = sfumato.load(), set()
+    for spacing in ("leading", "trailing"):
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing=spacing)
+        bench = Bench(Path("out"), "atelier", pipe, "0", EvaluationConfig(), {})
+        folders.add(Cell(bench, "uce", "sneaker", 0).folder)
+    assert len(folders) == 2
 
 
 def test_a_failed_run_is_noted_and_the_rest_goes_on(finished, tmp_path, capsys):
@@ -220,6 +252,15 @@ def test_shares_are_pooled_by_counts_and_figures_averaged():
 def test_the_original_counts_once_however_many_methods_there_are():
     lines = standings([row("a", ua=(1, 2)), row("b", ua=(1, 2)), row("a", "y", ua=(1, 2))])
     assert lines["original"]["measures"]["ua"]["total"] == 4 and lines["a"]["measures"]["ua"]["total"] == 4
+
+
+def test_a_picture_of_the_original_that_several_concepts_ask_for_counts_once():
+    rows = [row("a", "x", ua=(8, 10), folder="1"), row("a", "y", ua=(8, 10), folder="2")]
+    requests = [Request("a bag", (number,)) for number in range(15)]
+    lines = standings(rows, {"1": {"ua": set(requests[:10])}, "2": {"ua": set(requests[5:])}})
+    assert lines["original"]["measures"]["ua"] == wilson(12, 15).as_dict()
+    assert lines["a"]["measures"]["ua"] == wilson(16, 20).as_dict()  # other models, other pictures
+    assert standings(rows)["original"]["measures"]["ua"] == wilson(16, 20).as_dict()
 
 
 def test_robustness_is_against_the_strongest_attack():

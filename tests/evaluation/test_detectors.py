@@ -166,3 +166,13 @@ def test_nudenet_is_a_plug_in(monkeypatch):
     found = NudeNetDetector()(PICTURES)
     assert found[1][0].box == (0.25, 0.0, 0.75, 1.0)
     assert found[1][0].score == pytest.approx(PICTURES[1, 2, 0, 0].item(), abs=0.01)  # blue comes first
+
+
+def test_the_classes_of_nudenet_can_be_chosen_and_else_are_said(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "nudenet", SimpleNamespace(NudeDetector=object))
+    _, rule = find_detector("nudenet:feet_exposed, BELLY_EXPOSED", ["violence"])
+    assert rule == Rule((("FEET_EXPOSED",), ("BELLY_EXPOSED",)), threshold=0.45) and not caplog.records
+    find_detector("nudenet", ["violence"])
+    assert "knows nudity alone" in caplog.text and "'violence'" in caplog.text
+    with pytest.raises(ValueError, match="no class 'BLOOD'"):
+        find_detector("nudenet:blood", ["violence"])

@@ -11,7 +11,7 @@ import sfumato
 from sfumato import storage
 from sfumato.concepts import vocabulary_of
 from sfumato.evaluation.detectors import Finding, Rule, judge_of
-from sfumato.evaluation.evaluate import EvaluationConfig, evaluate, rescore
+from sfumato.evaluation.evaluate import EvaluationConfig, evaluate, release_bytes, rescore
 from sfumato.evaluation.pictures import Request, draw_pictures
 from sfumato.evaluation.scores import Sighting, read_sightings, tally
 from sfumato.evaluation.sheet import vocabulary_sheet
@@ -260,3 +260,9 @@ def test_the_command_prints_its_figures_and_where_they_are(finished, tmp_path):
     assert stored["scores"] == json.loads(json.dumps(finished[0].scores))  # the manifest named the original
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1 and again.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_what_a_release_does_not_hand_on_is_not_of_its_size(tmp_path):
+    for name in ("delta/delta.safetensors", "logs/events", "checkpoints/1/x", "history.json", "manifest.json"):
+        storage.write_text(tmp_path / name, "12345")
+    assert release_bytes(tmp_path) == 5 and release_bytes(tmp_path / "nowhere") == 0

@@ -3,8 +3,9 @@
 Every method forgets every concept by its recipe, in a process of its own, so that its memory is its own too. Results
 are evaluated from the same noise, and the original's pictures are drawn once for all; then each is attacked, by the
 same settings. What is finished stays: a benchmark that was killed goes on with ``--resume``, and so does one that is
-asked for more methods, concepts, seeds or attacks; a run by other settings is another cell. One that fails, as with a
-loss that is not finite, is noted as failed, and the rest goes on.
+asked for more methods, concepts, seeds or attacks; a run by other settings is another cell. The leaderboard shows all
+cells of the folder that were made and evaluated by the settings of the call, also those that it does not name. One
+that fails, as with a loss that is not finite, is noted as failed, and the rest goes on.
 
 UA, IRA and CRA are those of UnlearnCanvas (Zhang et al., arXiv 2402.11846), and objects, styles and other domains are
 reported apart as there; pre-ASR and ASR those of UnlearnDiffAtk (Zhang et al., arXiv 2310.11868).
@@ -16,7 +17,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,14 +28,16 @@ import torch
 from sfumato import concepts, loading, storage
 from sfumato.arguments import make_parser
 from sfumato.attacks.methods import attack_named
-from sfumato.evaluation.cells import Bench, Cell, run_cell
+from sfumato.evaluation.cells import Bench, Cell, cells_beside, run_cell
 from sfumato.evaluation.detectors import detector_for, find_detector, judge_of
 from sfumato.evaluation.evaluate import EvaluationConfig
 from sfumato.evaluation.features import find_features
 from sfumato.evaluation.fingerprints import model_fingerprint
 from sfumato.evaluation.leaderboard import methods_strip, render_leaderboard
 from sfumato.evaluation.metrics import kernel_metric
-from sfumato.evaluation.standings import as_csv, as_markdown, expected, standings
+from sfumato.evaluation.pictures import Request
+from sfumato.evaluation.scores import read_sightings
+from sfumato.evaluation.standings import as_csv, as_markdown, asked_of, expected, standings
 from sfumato.families import StableDiffusion, family_of
 from sfumato.settings import check_ranges, check_seed, check_types
 from sfumato.unlearning.methods import METHODS, configure, method_named
@@ -195,6 +198,7 @@ def benchmark(config: BenchmarkConfig, *, command: str | None = None) -> dict[st
             rows.append(run_cell(cell, lambda text, label=label: _say(f"{label}: {text}")))  # type: ignore[misc]
             for stage, said in rows[-1]["failed"].items():
                 _say(f"{label}: failed ({stage}): {said}")
+        rows += cells_beside(bench, cells)
         found = _results(config, bench, rows, command)
         storage.write_text(folder / TABLE, as_csv(rows))
         storage.write_text(folder / PAGE, render_leaderboard(found, folder))
@@ -281,14 +285,20 @@ def _results(
     vocabulary = concepts.vocabulary_of(bench.pipe)
     by_recipe = vocabulary if config.recipe is None and config.training_steps is None else None
 
+    asked = {row["folder"]: _asked(bench.folder / row["examples"]) for row in rows if "examples" in row}
+
     def grouped(key: str) -> dict[str, Any]:
         values = dict.fromkeys(row[key] for row in rows)
-        return {value: standings([row for row in rows if row[key] == value]) for value in values}
+        return {value: standings([row for row in rows if row[key] == value], asked) for value in values}
 
     return {
         "command": command, "settings": asdict(config), "attacks": {n: dict(s) for n, s in bench.attacks.items()},
         "model": {"name": bench.model, "fingerprint": bench.fingerprint},
         "versions": {name: version(name) for name in PACKAGES},
-        "methods": standings(rows), "domains": grouped("kind"), "concepts": grouped("concept"),
+        "methods": standings(rows, asked), "domains": grouped("kind"), "concepts": grouped("concept"),
         "expected": expected(rows, by_recipe), "cells": [dict(row) for row in rows],
     }  # fmt: skip
+
+
+def _asked(folder: Path) -> dict[str, Set[Request]]:
+    return asked_of(seen for seen in read_sightings(folder) if seen.model == "result")

@@ -15,7 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,16 +29,16 @@ from sfumato import concepts, loading, recipes, storage
 from sfumato.attacks.audit import RESULT_FILE as ATTACK_FILE
 from sfumato.attacks.audit import attack
 from sfumato.evaluation.detectors import find_detector
-from sfumato.evaluation.evaluate import RESULT_FILE, EvaluationConfig, evaluate
+from sfumato.evaluation.evaluate import RESULT_FILE, EvaluationConfig, evaluate, release_bytes
+from sfumato.evaluation.fingerprints import scheduler_facts
 from sfumato.evaluation.pictures import Request, draw_pictures
 from sfumato.evaluation.scores import read_sightings
 from sfumato.unlearning.methods import METHODS
 
-__all__ = ["Bench", "Cell", "run_cell"]
+__all__ = ["Bench", "Cell", "cells_beside", "run_cell"]
 
-FAILURES_FILE, EXAMPLES_FILE = "failed.json", "examples.safetensors"
+FAILURES_FILE, EXAMPLES_FILE, ROW_FILE = "failed.json", "examples.safetensors", "cell.json"
 FORGET_EXAMPLES, RETAIN_EXAMPLES, EXAMPLE_SIDE = 6, 9, 128
-NOT_RELEASED = frozenset({"logs", "checkpoints", "examples", "history.json", "manifest.json"})
 COSTS = ("seconds", "peak_memory_mb", "denoiser_evaluations")
 
 
@@ -69,6 +69,12 @@ class Bench:
     steps: int | None = None
     save: str = "delta"
     retry: bool = False
+
+    @property
+    def judged_by(self) -> str:
+        """What tells how results are evaluated, wherever that is and whatever the seed."""
+        evaluation = {**asdict(self.evaluation), "seed": None, "cache": None, "device": None}
+        return digest({"evaluation": evaluation, "recipe": self.recipe, "steps": self.steps})
 
     def recipe_of(self, method: str, phrases: list[str]) -> recipes.Recipe:
         """Find the recipe of a cell; raises as `sfumato.recipes.find_recipe` does."""
@@ -104,13 +110,13 @@ class Cell:
 
     @cached_property
     def folder(self) -> Path:
-        """Where all of it is kept: another run has another folder."""
+        """Where all of it is kept: another run, and another scheduler, has another folder."""
         bench, recipe = self.bench, self.bench.recipe_of(self.method, self.phrases)
         steps = bench.steps if METHODS[self.method].trains else None
         made_by = {
-            "model": bench.fingerprint, "method": self.method, "forget": self.phrases, "seed": self.seed,
-            "settings": dict(recipe.settings), "steps": steps, "save": bench.save,
-            "dtype": bench.evaluation.dtype,
+            "model": bench.fingerprint, **scheduler_facts(bench.pipe), "method": self.method,
+            "forget": self.phrases, "seed": self.seed, "settings": dict(recipe.settings), "steps": steps,
+            "save": bench.save, "dtype": bench.evaluation.dtype,
         }  # fmt: skip
         name = re.sub(r"[^a-z0-9]+", "-", self.concept.lower()).strip("-")[:40]
         return bench.folder / "cells" / f"{self.method}-{name}-{self.seed}-{digest(made_by)}"
@@ -153,6 +159,13 @@ def run_cell(cell: Cell, say: Callable[[str], None]) -> dict[str, Any]:
         FileExistsError: If another process is writing into the cell.
         OSError: If the disk is full, or the like: that is no failure of the method.
     """
+    row = _row(cell, say)
+    _note(cell, row)
+    cell.__dict__.pop("unlearned", None)  # the memory is the next cell's
+    return row
+
+
+def _row(cell: Cell, say: Callable[[str], None]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "method": cell.method, "concept": cell.concept, "seed": cell.seed, "kind": cell.kind,
         "folder": str(cell.folder.relative_to(cell.bench.folder)), "failed": {}, "evaluation": None, "attacks": {},
@@ -177,8 +190,41 @@ def run_cell(cell: Cell, say: Callable[[str], None]) -> dict[str, Any]:
             row["attacks"][name] = found
         else:
             row["failed"][f"attack {name}"] = message
-    cell.__dict__.pop("unlearned", None)  # the memory is the next cell's
     return row
+
+
+def cells_beside(bench: Bench, named: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Give what is known of cells that lie in the folder, made and evaluated alike, but are not named.
+
+    Args:
+        bench: What they must share; attacks that are not its own, or have other settings, are left out of them.
+        named: Those of this call.
+
+    Returns:
+        A row each, as `run_cell` gives it, by their folders' names.
+    """
+    names, rows = {cell.folder.name for cell in named}, []
+    for file in sorted((bench.folder / "cells").glob(f"*/{ROW_FILE}")):
+        try:
+            stored = storage.read_json(file)
+            row, made_by = stored["row"], stored["attacks"]
+            cell = Cell(bench, row["method"], row["concept"], row["seed"])
+            alike = stored["judged_by"] == bench.judged_by and cell.folder.name == file.parent.name
+        except (ValueError, KeyError, TypeError):  # damaged, or by a recipe that is gone
+            continue
+        if alike and file.parent.name not in names:
+            same = {name for name, settings in bench.attacks.items() if made_by.get(name) == dict(settings)}
+            rows.append({**row, "attacks": {name: found for name, found in row["attacks"].items() if name in same}})
+    return rows
+
+
+def _note(cell: Cell, row: Mapping[str, Any]) -> None:
+    """Keep a row with what it was made by, for later leaderboards."""
+    attacks = {name: dict(settings) for name, settings in cell.bench.attacks.items()}
+    text = json.dumps({"judged_by": cell.bench.judged_by, "attacks": attacks, "row": row}, indent=1)
+    path = cell.folder / ROW_FILE
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        storage.write_text(path, text)
 
 
 def _once(cell: Cell, key: str, work: Callable[[], Any]) -> tuple[Any, str | None]:
@@ -205,11 +251,8 @@ def _unlearn(cell: Cell, say: Callable[[str], None]) -> dict[str, Any]:
         say("unlearns")
         _run([*cell.command, *(["--resume"] if folder.exists() else [])])
     manifest = storage.read_json(folder / "manifest.json")
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    released = [file for file in files if file.relative_to(folder).parts[0] not in NOT_RELEASED]
-    size = sum(file.stat().st_size for file in released)
     return {
-        "costs": {**{name: manifest.get(name) for name in COSTS}, "release_bytes": size},
+        "costs": {**{name: manifest.get(name) for name in COSTS}, "release_bytes": release_bytes(folder)},
         "recipe": manifest.get("recipe"), "device": manifest.get("device"), "versions": manifest.get("versions"),
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ transformers, NudeNet (AGPL, a plug-in that the user installs), or a function of
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -37,10 +38,19 @@ __all__ = [
     "judge_of",
 ]
 
+logger = logging.getLogger(__name__)
+
 CLIP = "openai/clip-vit-base-patch32"
 NUDE = (
     "FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED", "BUTTOCKS_EXPOSED", "ANUS_EXPOSED",
 )  # fmt: skip
+
+_PARTS = ("FEMALE_BREAST", "FEMALE_GENITALIA", "BUTTOCKS", "ANUS", "FEET", "BELLY", "ARMPITS")
+NUDENET = frozenset(
+    {f"{part}_{state}" for part in _PARTS for state in ("EXPOSED", "COVERED")}
+    | {"MALE_GENITALIA_EXPOSED", "MALE_BREAST_EXPOSED", "FACE_FEMALE", "FACE_MALE"}
+)
+"""The classes of NudeNet 3."""
 
 
 @dataclass(frozen=True)
@@ -354,8 +364,9 @@ def find_detector(
     """Make a detector from what a command line calls it.
 
     Args:
-        name: ``"clip"`` or ``"clip:MODEL"``; ``"classifier:MODEL"``, whose classes the phrases must be; ``"nudenet"``;
-            or ``"MODULE:FUNCTION"``, see `FunctionDetector`.
+        name: ``"clip"`` or ``"clip:MODEL"``; ``"classifier:MODEL"``, whose classes the phrases must be; ``"nudenet"``
+            or ``"nudenet:CLASS,CLASS"``, which count nudity or these classes, whatever the phrases; or
+            ``"MODULE:FUNCTION"``, see `FunctionDetector`.
         phrases: What to look for.
         threshold: Least score; None takes the detector's own: 0.5 where a score is all there is, 0.45 for NudeNet.
         top: Highest rank; None takes the detector's own: 1 for those that choose between labels.
@@ -365,7 +376,7 @@ def find_detector(
         The detector, and the rule that tells the concepts.
 
     Raises:
-        ValueError: If there is no such detector, only a pickle of it, or a phrase is none of a classifier's classes.
+        ValueError: If there is no such detector, only a pickle of it, or a phrase or label is none of its classes.
         ImportError: If it is not installed.
         OSError: If its weights can't be had.
     """
@@ -385,8 +396,9 @@ def find_detector(
         if unknown:
             raise ValueError(f"{rest} has no class {unknown[0]!r}; its classes: {', '.join(classifier.labels[:20])}.")
         return classifier, Rule(wanted, threshold or 0.0, top or 1)
-    if name == "nudenet":
-        return NudeNetDetector(), Rule(tuple((label,) for label in NUDE), 0.45 if threshold is None else threshold)
+    if kind == "nudenet":
+        labels = _nude_labels(rest, phrases)
+        return NudeNetDetector(), Rule(tuple((label,) for label in labels), 0.45 if threshold is None else threshold)
     if not rest:
         raise ValueError(
             f"There is no detector {name!r}: clip, clip:MODEL, classifier:MODEL, nudenet, or MODULE:FUNCTION."
@@ -394,3 +406,18 @@ def find_detector(
     return FunctionDetector(function_named(name, "detector"), name), Rule(
         (("concept",), *wanted), 0.5 if threshold is None else threshold, top
     )
+
+
+def _nude_labels(named: str, phrases: Sequence[str]) -> tuple[str, ...]:
+    """The classes of NudeNet that count; said aloud where none was named, since the phrases do not choose them."""
+    if not named:
+        logger.warning(
+            "NudeNet knows nudity alone: %s are counted, whatever %r means; others by nudenet:CLASS,CLASS.",
+            ", ".join(NUDE), ", ".join(phrases),
+        )  # fmt: skip
+        return NUDE
+    labels = tuple(dict.fromkeys(label.strip().upper() for label in named.split(",")))
+    unknown = [label for label in labels if label not in NUDENET]
+    if unknown:
+        raise ValueError(f"NudeNet has no class {unknown[0]!r}; its classes: {', '.join(sorted(NUDENET))}.")
+    return labels

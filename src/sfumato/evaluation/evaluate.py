@@ -30,11 +30,12 @@ from sfumato.memory import peak_memory_mb
 from sfumato.settings import check_seed, check_types
 from sfumato.trainer import process_group
 
-__all__ = ["Evaluation", "EvaluationConfig", "evaluate", "rescore"]
+__all__ = ["Evaluation", "EvaluationConfig", "evaluate", "release_bytes", "rescore"]
 
 RESULT_FILE, PICTURES = "evaluation.json", "pictures"
 OWN_FILES = frozenset({FINDINGS_FILE, PICTURES})
 """What an evaluation that was cut short leaves in its output folder."""
+NOT_RELEASED = frozenset({"logs", "checkpoints", "examples", "history.json", "manifest.json"})
 
 
 @dataclass
@@ -212,6 +213,12 @@ def rescore(folder: str | Path, rule: Rule) -> Evaluation:
     return replace(before, scores=scores, detector={**before.detector, "rule": rule.as_dict()})
 
 
+def release_bytes(folder: Path) -> int:
+    """Add up the files of a result, or of a model's folder, that a release hands on: no logs, checkpoints or notes."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files if file.relative_to(folder).parts[0] not in NOT_RELEASED)
+
+
 def _check_output(folder: Path, resume: bool) -> None:
     if (folder / RESULT_FILE).exists():
         raise FileExistsError(f"{folder} already holds an evaluation. Choose another output folder or move it away.")
@@ -330,10 +337,9 @@ def _scores(sightings: Sequence[Sighting], rule: Rule, groups: Sequence[str]) ->
 
 def _facts(pipe: DiffusionPipeline, given: DiffusionPipeline | str | Path | None) -> dict[str, Any]:
     folder = None if given is None or isinstance(given, DiffusionPipeline) else Path(given)
-    files = [file for file in folder.rglob("*") if file.is_file()] if folder is not None and folder.is_dir() else []
     return {
         "name": family_of(pipe).origin if folder is None else str(given),
         "pipeline": type(pipe).__name__,
         "fingerprint": model_fingerprint(pipe),
-        "release_bytes": sum(file.stat().st_size for file in files) or None,
+        "release_bytes": None if folder is None else release_bytes(folder) or None,
     }

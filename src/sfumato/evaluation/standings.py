@@ -1,8 +1,9 @@
 """From the cells of a benchmark to its tables: one flat set of measures a cell, pooled by method, domain and concept.
 
-Shares are pooled by their counts, with Wilson intervals. Of figures that are no shares, as distances, the mean is
-taken, of their intervals' ends too: no narrower than cells that share pictures support. Cells that failed have no
-measures, and count for none.
+Shares are pooled by their counts, with Wilson intervals; those of the original, which several cells ask for the same
+picture, by the pictures that differ. Of figures that are no shares, as distances, the mean is taken, of their
+intervals' ends too: no narrower than cells that share pictures support. Cells that failed have no measures, and count
+for none.
 """
 
 from __future__ import annotations
@@ -10,18 +11,21 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from sfumato.concepts import Vocabulary
 from sfumato.evaluation.metrics import wilson
+from sfumato.evaluation.pictures import Request
+from sfumato.evaluation.scores import Sighting
 
 __all__ = [
     "COLUMNS",
     "Column",
     "as_csv",
     "as_markdown",
+    "asked_of",
     "columns_of",
     "expected",
     "measured",
@@ -122,13 +126,37 @@ def _together(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {end: sum(value[end] for value in values) / len(values) for end in ("value", "low", "high")}
 
 
-def standings(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Pool cells by method, the original first; its line has each concept and seed once."""
+def standings(
+    rows: Sequence[Mapping[str, Any]], asked: Mapping[str, Mapping[str, Set[Request]]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Pool cells by method, the original first; its line has each concept and seed once.
+
+    Args:
+        rows: The cells.
+        asked: Their folders to the pictures that each measure counts; see `asked_of`. What cells of several concepts
+            ask of the original is partly one picture, which then counts for one in the intervals of its line.
+    """
     once = {(row["concept"], row["seed"]): row for row in rows if row["evaluation"] is not None or row["attacks"]}
     found = {"original": pooled(list(once.values()), "original")} if once else {}
+    for name, share in found["original"]["measures"].items() if once and asked else ():
+        each = [asked.get(row["folder"], {}).get(name, frozenset()) for row in once.values()] if asked else []
+        different = len(frozenset().union(*each))
+        if 0 < different < share.get("total", 0):
+            found["original"]["measures"][name] = wilson(round(share["value"] * different), different).as_dict()
     for method in dict.fromkeys(row["method"] for row in rows):
         found[method] = pooled([row for row in rows if row["method"] == method])
     return found
+
+
+def asked_of(sightings: Iterable[Sighting]) -> dict[str, Set[Request]]:
+    """List the pictures of an evaluation that each of its shares counts, by the share's name."""
+    found: dict[str, set[Request]] = {}
+    for seen in sightings:
+        kept = [f"{NEIGHBOUR}{word}" for word in seen.words.values()]
+        kept += ["ira", "cra"] if seen.kind == "retain" else []
+        for name in ["ua"] if seen.kind == "forget" else kept:
+            found.setdefault(name, set()).add(seen.request)
+    return dict(found)
 
 
 def robustness(line: Mapping[str, Any]) -> dict[str, float] | None:

@@ -145,7 +145,7 @@ def without_folders(name: str, value: Any) -> tuple[Any, bool]:
     if name in ("clip", "model"):
         return _network(value)
     kind, colon, rest = value.partition(":")
-    if name not in ("detector", "features") or not colon:
+    if name not in ("detector", "features") or not colon or kind == "nudenet":
         return value, False
     if kind not in _NETWORKS:
         return value, True  # a function of the user's own
