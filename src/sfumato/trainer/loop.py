@@ -37,6 +37,9 @@ __all__ = ["NonFiniteLossError", "preflight", "train"]
 
 logger = logging.getLogger(__name__)
 
+_SCALE = {"grad_scaler.scale": "scale", "grad_scaler.growth_tracker": "_growth_tracker"}
+"""Names in a checkpoint, and in the state of torch's scaler."""
+
 
 class NonFiniteLossError(RuntimeError):
     """The loss, its gradient or a weight became NaN or infinite; no such weights are saved."""
@@ -263,8 +266,9 @@ class _Run:
         """Write a checkpoint after so many steps; all processes must call it."""
         checkpoints.save(
             folder, steps, identity=identity, weights=self.parameters, moments=self.update.moments(),
-            average=self.average, state=_state_of(self.objective), history=history, keep=self.config.keep_checkpoints,
-            processes=self.accelerator.num_processes, write=self.accelerator.is_main_process,
+            average=self.average, state={**_state_of(self.objective), **self._scale()}, history=history,
+            keep=self.config.keep_checkpoints, processes=self.accelerator.num_processes,
+            write=self.accelerator.is_main_process,
         )  # fmt: skip
 
     def restore(self, checkpoint: Path) -> tuple[int, list[dict[str, float]]]:
@@ -274,10 +278,18 @@ class _Run:
         self.update.load_moments(stored.moments)
         for name, value in stored.average.items():
             local(self.average[name]).copy_(local(spread_like(value, self.average[name])))
-        state = _state_of(self.objective)
-        for name, value in stored.state.items():
-            local(state[name]).copy_(value)
+        state, scaler = _state_of(self.objective), self.accelerator.scaler
+        for name in set(stored.state) - _SCALE.keys():
+            local(state[name]).copy_(stored.state[name])
+        if scaler is not None and _SCALE.keys() <= stored.state.keys():
+            scale = {key: stored.state[name].item() for name, key in _SCALE.items()}
+            scaler.load_state_dict({**scaler.state_dict(), **scale})
         return stored.step, stored.history
+
+    def _scale(self) -> dict[str, torch.Tensor]:
+        """What fp16 multiplies the loss by, and since how many steps that has gone well."""
+        kept = {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+        return {name: torch.tensor(kept[key]) for name, key in _SCALE.items() if key in kept}
 
     def finish(self) -> None:
         """Leave the average, if there is one, in the weights, and the model as it came; all processes must call it."""
