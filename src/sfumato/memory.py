@@ -1,27 +1,56 @@
-"""How much memory a process has used, and what to do when there is not enough of it."""
+"""How much memory a run has used, and what to do when there is not enough of it."""
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from sfumato.trainer import checkpoints
 
-__all__ = ["explained", "peak_memory_mb"]
+__all__ = ["explained", "peak_memory_mb", "reset_peak_memory"]
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 _ON_THE_CPU = ("not enough memory", "can't allocate memory", "cannot allocate memory")
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_mb` count from here on, and not what this process did before.
+
+    Where the system has no way to (resident memory, not on Linux), it stays that of the process's whole life.
+
+    Args:
+        device: Where the run will compute.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        _CLEAR.write_text("5")
+
+
 def peak_memory_mb(device: torch.device) -> float:
-    """Give the peak memory of this process so far, in megabytes: the accelerator's if there is one, else resident."""
+    """Give the peak memory of this process since `reset_peak_memory`, in megabytes; resident if on the CPU.
+
+    Args:
+        device: Where the run computes; an accelerator's own memory is counted.
+
+    Returns:
+        The peak, or, if there was no reset, that of the process so far.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    scale = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
+    if _STATUS.exists():  # what `getrusage` says there counts the program that started this one too
+        peak = re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+        if peak:
+            return int(peak[1]) * 1024 / 1e6
+    scale = 1e6 if sys.platform == "darwin" else 1e6 / 1024  # bytes there, kilobytes of 1024 elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from sfumato import storage
-from sfumato.memory import peak_memory_mb
+from sfumato.memory import peak_memory_mb, reset_peak_memory
 from sfumato.progress import Phase, rehearsing
 from sfumato.trainer import make_accelerator
 from sfumato.unlearning.costs import Costs
@@ -84,6 +84,7 @@ def unlearn(
     first = int(os.environ.get("RANK", 0)) == 0
     with storage.claimed(folder if first else None, resume=resume):
         accelerator = make_accelerator(run.training, folder)
+        reset_peak_memory(accelerator.device)
         costs = Costs(accelerator, folder, resume=resume, began=began)
         task, history, facts = run.work(accelerator, folder, costs, resume=resume)
         result, lora = run.result(task)
@@ -137,6 +138,7 @@ def rehearse(
     if output_dir is not None:
         storage.check_disk_space(storage.check_output_dir(output_dir, resume=True), run.disk_space())
     accelerator = make_accelerator(replace(run.training, log_with=None))
+    reset_peak_memory(accelerator.device)
     with rehearsing() as phases:
         task, _, _ = run.work(accelerator, None, None, resume=False)
     result, _ = run.result(task)
