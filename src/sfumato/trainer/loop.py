@@ -33,7 +33,7 @@ from sfumato.trainer.optimizers import check_optimizer
 from sfumato.trainer.update import GradientUpdate, Update
 from sfumato.trainer.zero import ZeroUpdate
 
-__all__ = ["NonFiniteLossError", "preflight", "train"]
+__all__ = ["NonFiniteLossError", "checkpoint_space", "preflight", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -163,9 +163,7 @@ def preflight(
     training = {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS}
     full = json.loads(json.dumps({**(identity or {}), "training": training, "batch_size": batch_size}))
     if output_dir is not None:
-        size = sum(4 * p.numel() for p in parameters.values())
-        copies = 3 + (config.ema_decay is not None)  # weights, two moments, average
-        storage.check_disk_space(output_dir, copies * size * (config.keep_checkpoints + 1))
+        storage.check_disk_space(output_dir, checkpoint_space(model, config))
         checkpoint = checkpoints.newest(output_dir) if resume else None
         if checkpoint is not None:
             checkpoints.check_same_run(checkpoint, full)
@@ -176,6 +174,20 @@ def preflight(
                     "result will be the same but for rounding."
                 )
     return full
+
+
+def checkpoint_space(model: torch.nn.Module, config: TrainingConfig) -> int:
+    """Give the bytes that the checkpoints of a run need at the most, one of them being written.
+
+    Args:
+        model: The network, with the parameters that are trained requiring gradients.
+        config: How to train it.
+
+    Returns:
+        Those of weights, two moments and the average, if there is one; what an objective carries comes on top.
+    """
+    size = sum(4 * parameter.numel() for parameter in trained_parameters(model).values())
+    return (3 + (config.ema_decay is not None)) * size * (config.keep_checkpoints + 1)
 
 
 def _state_of(objective: Objective) -> Mapping[str, torch.Tensor]:
