@@ -184,7 +184,7 @@ class Run:
                     storage.check_disk_space(place, self.disk_space())
             watched = [family.denoiser, *([model] if config.part == "denoiser" else [])] if costs is not None else []
             counted = costs.counted if costs is not None else torch.zeros((), dtype=torch.int64)
-            with explained(accelerator.device, folder):
+            with explained(accelerator.device, folder, self.settings()):
                 self.pipe.to(accelerator.device)
                 model.to(accelerator.device)
                 require_known(family, self.concept)
