@@ -3,10 +3,12 @@
 import copy
 import inspect
 
+import diffusers
 import pytest
 import torch
 
 from sfumato.families import TextFamily, family_of
+from sfumato.families.process import Flow
 from sfumato.randomness import generator_for
 
 
@@ -167,3 +169,13 @@ def test_a_prompt_is_cut_where_more_words_change_nothing(family):
         one, more = (family.encode_prompts([words]) for words in (prompt, prompt + " sneaker"))
         assert family.is_cut(prompt) == cut
         assert all(torch.equal(one[name], more[name]) for name in one) == cut
+
+
+def test_times_of_a_flow_are_those_of_flux_and_end_above_those_of_sd3():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    process = Flow(scheduler, tokens=1024)
+    times = process.model_times(process.inference_timesteps(4))
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 4, 4).tolist())  # as FluxPipeline does
+    assert torch.allclose(times, scheduler.timesteps) and times[-1] == pytest.approx(500)
+    scheduler.set_timesteps(4)  # as StableDiffusion3Pipeline does
+    assert scheduler.timesteps[-1] == pytest.approx(8.93, abs=0.01)

@@ -71,6 +71,26 @@ def test_run_cut_short_resumes_to_the_same_bits(tmp_path, optimizer, ema_decay):
     assert [row["loss"] for row in history] == [row["loss"] for row in expected]
 
 
+def scaling():
+    """A process group with the scaler that fp16 has on CUDA, and a scale at which gradients soon overflow."""
+    accelerator = make_accelerator(replace(CONFIG, mixed_precision="fp16"))
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**124, growth_interval=2)
+    return accelerator
+
+
+def test_run_in_fp16_resumes_with_the_scale_that_it_had(tmp_path):
+    """A step whose scaled gradient overflows is left out, so the scale tells in the weights."""
+    config = replace(CONFIG, mixed_precision="fp16")
+    whole, cut, resumed, accelerator = linear(), linear(), linear(), scaling()
+    train(whole, Regression(), config, accelerator=accelerator)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, Regression(die_at=7), config, output_dir=tmp_path, accelerator=scaling())
+    again = scaling()
+    train(resumed, Regression(), config, output_dir=tmp_path, resume=True, accelerator=again)
+    assert again.scaler.state_dict() == accelerator.scaler.state_dict() != scaling().scaler.state_dict()
+    assert torch.equal(whole.weight, resumed.weight)
+
+
 @pytest.mark.parametrize("passes", [2, 4])
 def test_accumulated_passes_give_the_whole_batch(passes):
     whole, split = linear(), linear()

@@ -3,9 +3,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import sfumato
 from sfumato import storage
+from sfumato.memory import peak_memory_mb
 from sfumato.progress import Track, rehearsing
 
 SMALL = {
@@ -66,10 +68,46 @@ def test_a_rehearsal_refuses_what_the_run_would(tiny_pipe, tmp_path):
         sfumato.rehearse(tiny_pipe, "a sneaker", retain=[], **SMALL)
 
 
+def test_a_rehearsal_refuses_a_tracker_that_the_run_would_not_find(tiny_pipe, tmp_path):
+    for call in (sfumato.rehearse, sfumato.unlearn):
+        with pytest.raises(ImportError, match="log_with='clipboard' needs a package that is not installed"):
+            call(tiny_pipe, "a sneaker", output_dir=tmp_path / "out", log_with="clipboard", **SMALL)
+        with pytest.raises(ValueError, match="log_with='tensorboard' needs an output folder"):
+            call(tiny_pipe, "a sneaker", log_with="tensorboard", **SMALL)
+
+
+def test_checkpoints_are_counted_and_must_fit(tiny_pipe, tmp_path):
+    settings = {"parameters": "xattn-kv", "ema_decay": 0.9, **SMALL}
+    plans = [
+        sfumato.rehearse(tiny_pipe, "a sneaker", output_dir=tmp_path / "out", keep_checkpoints=kept, **settings)
+        for kept in (1, 11)
+    ]
+    weights, copies = plans[0].trained, 4  # with two moments and an average
+    assert plans[1].disk_mb - plans[0].disk_mb == pytest.approx(10 * copies * 4 * weights / 1e6)
+    for call in (sfumato.rehearse, sfumato.unlearn):
+        with pytest.raises(OSError, match="Not enough disk space"):
+            call(tiny_pipe, "a sneaker", output_dir=tmp_path / "out", keep_checkpoints=10**12, **settings)
+
+
 def test_adapters_are_counted_not_the_weights_behind_them(tiny_pipe):
     plan = sfumato.rehearse(tiny_pipe, "a sneaker", parameters="xattn-kv", adapter_rank=2, mask_ratio=1.0, **SMALL)
     shapes = [p.shape for name, p in tiny_pipe.unet.named_parameters() if "attn2.to_k" in name or "attn2.to_v" in name]
     assert plan.trained == sum(2 * (rows + columns) for rows, columns in shapes)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep the peak of the whole process")
+def test_memory_that_the_process_used_before_is_not_the_runs(tiny_pipe, tmp_path):
+    def used_before():
+        held = torch.ones(800_000_000, dtype=torch.uint8)
+        return peak_memory_mb(torch.device("cpu")) if held[-1] else 0.0
+
+    before = used_before()
+    plan = sfumato.rehearse(tiny_pipe, "a sneaker", "uce", verify=False)
+    assert plan.memory_mb < before - 500
+    used_before()
+    sfumato.unlearn(tiny_pipe, "a sneaker", "uce", verify=False, output_dir=tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "manifest.json").read_text())["peak_memory_mb"]
+    assert found < before - 500
 
 
 def test_expected_memory_is_that_of_the_run(tmp_path):

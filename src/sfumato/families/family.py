@@ -206,7 +206,12 @@ class Family(ABC):
         return self.process.split(prediction, latents, timesteps)
 
     def inference_timesteps(self, num_inference_steps: int) -> torch.Tensor:
-        """Give the descending times ``(N,)`` that a sampler of the pipeline's config visits, on the CPU."""
+        """Give the descending times ``(N,)`` that a sampler of the pipeline's config visits, on the CPU.
+
+        A diffusion's are DDIM's. A flow's are those of `FluxPipeline`: evenly spaced from 1 to 1/N, then shifted.
+        `StableDiffusion3Pipeline` spaces its own down to the last level of the table, which is shifted already, and
+        shifts them again: its last step begins at a much lower level (0.009 instead of 0.5 with 4 steps and shift 3).
+        """
         return self.process.inference_timesteps(num_inference_steps)
 
     @abstractmethod

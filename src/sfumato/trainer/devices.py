@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, Pr
 from sfumato.trainer.config import TrainingConfig
 from sfumato.trainer.zero import ZeroAccelerator
 
-__all__ = ["make_accelerator", "process_group"]
+__all__ = ["check_tracker", "make_accelerator", "process_group"]
 
 
 def make_accelerator(config: TrainingConfig, output_dir: str | Path | None = None) -> Accelerator:
@@ -37,10 +37,7 @@ def make_accelerator(config: TrainingConfig, output_dir: str | Path | None = Non
             for FSDP in its first version, or for what `ZeroAccelerator` does not do.
         ImportError: If the tracker's package, or DeepSpeed, is not installed.
     """
-    if config.log_with and output_dir is None:
-        raise ValueError(f"log_with={config.log_with!r} needs an output folder for its logs.")
-    if config.log_with and config.log_with not in {str(tracker) for tracker in get_available_trackers()}:
-        raise ImportError(f"log_with={config.log_with!r} needs a package that is not installed, or is no tracker.")
+    check_tracker(config, output_dir)
     _check_devices()
     AcceleratorState._reset_state()  # else the precision of an earlier call in this process could not be left
     project = ProjectConfiguration(logging_dir=str(Path(output_dir) / "logs")) if output_dir else None
@@ -55,6 +52,23 @@ def make_accelerator(config: TrainingConfig, output_dir: str | Path | None = Non
         plain = {k: v for k, v in asdict(config).items() if isinstance(v, int | float | str | bool)}
         accelerator.init_trackers("sfumato", config=plain)
     return accelerator
+
+
+def check_tracker(config: TrainingConfig, output_dir: str | Path | None) -> None:
+    """Refuse a tracker that can't be started.
+
+    Args:
+        config: Names it.
+        output_dir: As for `make_accelerator`.
+
+    Raises:
+        ValueError: If it has nowhere to write.
+        ImportError: If its package is not installed.
+    """
+    if config.log_with and output_dir is None:
+        raise ValueError(f"log_with={config.log_with!r} needs an output folder for its logs.")
+    if config.log_with and config.log_with not in {str(tracker) for tracker in get_available_trackers()}:
+        raise ImportError(f"log_with={config.log_with!r} needs a package that is not installed, or is no tracker.")
 
 
 def process_group() -> PartialState | None:

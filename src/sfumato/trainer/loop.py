@@ -33,9 +33,12 @@ from sfumato.trainer.optimizers import check_optimizer
 from sfumato.trainer.update import GradientUpdate, Update
 from sfumato.trainer.zero import ZeroUpdate
 
-__all__ = ["NonFiniteLossError", "preflight", "train"]
+__all__ = ["NonFiniteLossError", "checkpoint_space", "preflight", "train"]
 
 logger = logging.getLogger(__name__)
+
+_SCALE = {"grad_scaler.scale": "scale", "grad_scaler.growth_tracker": "_growth_tracker"}
+"""Names in a checkpoint, and in the state of torch's scaler."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -160,9 +163,7 @@ def preflight(
     training = {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS}
     full = json.loads(json.dumps({**(identity or {}), "training": training, "batch_size": batch_size}))
     if output_dir is not None:
-        size = sum(4 * p.numel() for p in parameters.values())
-        copies = 3 + (config.ema_decay is not None)  # weights, two moments, average
-        storage.check_disk_space(output_dir, copies * size * (config.keep_checkpoints + 1))
+        storage.check_disk_space(output_dir, checkpoint_space(model, config))
         checkpoint = checkpoints.newest(output_dir) if resume else None
         if checkpoint is not None:
             checkpoints.check_same_run(checkpoint, full)
@@ -173,6 +174,20 @@ def preflight(
                     "result will be the same but for rounding."
                 )
     return full
+
+
+def checkpoint_space(model: torch.nn.Module, config: TrainingConfig) -> int:
+    """Give the bytes that the checkpoints of a run need at the most, one of them being written.
+
+    Args:
+        model: The network, with the parameters that are trained requiring gradients.
+        config: How to train it.
+
+    Returns:
+        Those of weights, two moments and the average, if there is one; what an objective carries comes on top.
+    """
+    size = sum(4 * parameter.numel() for parameter in trained_parameters(model).values())
+    return (3 + (config.ema_decay is not None)) * size * (config.keep_checkpoints + 1)
 
 
 def _state_of(objective: Objective) -> Mapping[str, torch.Tensor]:
@@ -263,8 +278,9 @@ class _Run:
         """Write a checkpoint after so many steps; all processes must call it."""
         checkpoints.save(
             folder, steps, identity=identity, weights=self.parameters, moments=self.update.moments(),
-            average=self.average, state=_state_of(self.objective), history=history, keep=self.config.keep_checkpoints,
-            processes=self.accelerator.num_processes, write=self.accelerator.is_main_process,
+            average=self.average, state={**_state_of(self.objective), **self._scale()}, history=history,
+            keep=self.config.keep_checkpoints, processes=self.accelerator.num_processes,
+            write=self.accelerator.is_main_process,
         )  # fmt: skip
 
     def restore(self, checkpoint: Path) -> tuple[int, list[dict[str, float]]]:
@@ -274,10 +290,18 @@ class _Run:
         self.update.load_moments(stored.moments)
         for name, value in stored.average.items():
             local(self.average[name]).copy_(local(spread_like(value, self.average[name])))
-        state = _state_of(self.objective)
-        for name, value in stored.state.items():
-            local(state[name]).copy_(value)
+        state, scaler = _state_of(self.objective), self.accelerator.scaler
+        for name in set(stored.state) - _SCALE.keys():
+            local(state[name]).copy_(stored.state[name])
+        if scaler is not None and _SCALE.keys() <= stored.state.keys():
+            scale = {key: stored.state[name].item() for name, key in _SCALE.items()}
+            scaler.load_state_dict({**scaler.state_dict(), **scale})
         return stored.step, stored.history
+
+    def _scale(self) -> dict[str, torch.Tensor]:
+        """What fp16 multiplies the loss by, and since how many steps that has gone well."""
+        kept = {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+        return {name: torch.tensor(kept[key]) for name, key in _SCALE.items() if key in kept}
 
     def finish(self) -> None:
         """Leave the average, if there is one, in the weights, and the model as it came; all processes must call it."""

@@ -147,20 +147,28 @@ class GradientUpdate:
         self._stepper.zero_grad()
 
     def moments(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """See `Update`."""
-        for index, entry in self._optimizer.state_dict()["state"].items():
-            for key, value in entry.items():
-                if value is not None:
-                    yield f"{index}.{key}", torch.as_tensor(value)
+        """See `Update`. Not from `state_dict`, in which bitsandbytes hides what it keeps in 8 bits."""
+        ordered = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        tables = set[int]()  # of 8-bit values, which parameters have in common, and files of tensors must not
+        for index, parameter in enumerate(ordered):
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                if value is None:
+                    continue
+                shared = torch.is_tensor(value) and id(value) in tables
+                tables.add(id(value))
+                yield f"{index}.{key}", value.clone() if shared else torch.as_tensor(value)
 
     def load_moments(self, moments: Tensors) -> None:
-        """See `Update`."""
-        entries: dict[int, dict[str, torch.Tensor]] = {}
+        """See `Update`. Counts of steps become whole numbers again where they were: torch's own are not."""
+        entries: dict[int, dict[str, torch.Tensor | int]] = {}
         trained = list(self.parameters.values())
         for name, value in moments.items():
             index, key = name.split(".", 1)
-            like = trained[int(index)]
-            entries.setdefault(int(index), {})[key] = spread_like(value, like) if value.shape == like.shape else value
+            entry, like = entries.setdefault(int(index), {}), trained[int(index)]
+            if value.ndim == 0 and not value.is_floating_point():
+                entry[key] = int(value)
+            else:
+                entry[key] = spread_like(value, like) if value.shape == like.shape else value
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": entries})
 
     def load_weights(self, weights: Tensors) -> None:

@@ -20,9 +20,9 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from sfumato import storage
-from sfumato.memory import peak_memory_mb
+from sfumato.memory import peak_memory_mb, reset_peak_memory
 from sfumato.progress import Phase, rehearsing
-from sfumato.trainer import make_accelerator
+from sfumato.trainer import check_tracker, make_accelerator
 from sfumato.unlearning.costs import Costs
 from sfumato.unlearning.plan import Plan
 from sfumato.unlearning.result import write_result
@@ -84,6 +84,7 @@ def unlearn(
     first = int(os.environ.get("RANK", 0)) == 0
     with storage.claimed(folder if first else None, resume=resume):
         accelerator = make_accelerator(run.training, folder)
+        reset_peak_memory(accelerator.device)
         costs = Costs(accelerator, folder, resume=resume, began=began)
         task, history, facts = run.work(accelerator, folder, costs, resume=resume)
         result, lora = run.result(task)
@@ -122,7 +123,7 @@ def rehearse(
         method: One of `METHODS`.
         anchor: What to show instead.
         retain: Prompts that must keep their meaning.
-        output_dir: Where the result would go: it must be writable, and have space.
+        output_dir: Where the result would go: it must be writable, and have space for it and for checkpoints.
         recipe: A YAML file of settings.
         verify: Whether the run would check its result. On a model without a judge the check is left out here.
         **settings: Any setting.
@@ -134,11 +135,14 @@ def rehearse(
         Exception: As `unlearn`.
     """
     run = Run.prepare(pipe, forget, method, anchor=anchor, retain=retain, recipe=recipe, settings=settings)
-    if output_dir is not None:
-        storage.check_disk_space(storage.check_output_dir(output_dir, resume=True), run.disk_space())
+    folder = storage.check_output_dir(output_dir, resume=True) if output_dir is not None else None
+    if folder is not None:
+        storage.check_disk_space(folder, run.disk_space())
+    check_tracker(run.training, folder)
     accelerator = make_accelerator(replace(run.training, log_with=None))
+    reset_peak_memory(accelerator.device)
     with rehearsing() as phases:
-        task, _, _ = run.work(accelerator, None, None, resume=False)
+        task, _, _ = run.work(accelerator, None, None, resume=False, intended=folder)
     result, _ = run.result(task)
     if verify and can_judge(pipe):
         began = time.perf_counter()

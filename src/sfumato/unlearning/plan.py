@@ -23,7 +23,7 @@ class Plan:
         processes: How many would share the work.
         device: Of the first of them.
         memory_mb: The most memory that the rehearsal took, of the accelerator, or of the process.
-        disk_mb: Room that the result needs.
+        disk_mb: Room that the result and the checkpoints need.
         phases: What would take long.
     """
 

@@ -22,7 +22,7 @@ from sfumato.families import Family, family_of
 from sfumato.lora import Lora, extract_lora
 from sfumato.memory import explained
 from sfumato.recipes import Recipe
-from sfumato.trainer import TrainingConfig, preflight
+from sfumato.trainer import TrainingConfig, checkpoint_space, preflight
 from sfumato.unlearning.costs import Costs
 from sfumato.unlearning.methods import Method, configure, method_named
 from sfumato.unlearning.result import OutputConfig, check_output, differ
@@ -48,6 +48,7 @@ class Run:
         configs: All settings, by the class of their config.
         asked: The anchor and what to retain, as they were given, which is None for the default.
         trained: How many weights are trained; known once the work has begun.
+        checkpoint_space: Bytes that checkpoints need at the most; likewise.
     """
 
     pipe: DiffusionPipeline
@@ -58,6 +59,7 @@ class Run:
     configs: Mapping[Any, Any]
     asked: Mapping[str, Any] = field(default_factory=dict)
     trained: int = 0
+    checkpoint_space: int = 0
 
     @classmethod
     def prepare(
@@ -122,9 +124,10 @@ class Run:
         return self.family.parts[self.config.part]
 
     def disk_space(self) -> int:
-        """Bytes that the result needs at the most, while it is put in its place."""
+        """Bytes that the result, while it is put in its place, and what is known of checkpoints need at the most."""
         modules = (part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module))
-        return 2 * sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+        size = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+        return 2 * size + self.checkpoint_space
 
     def origin(self) -> dict[str, Any]:
         """Say for the manifest where the settings come from that were not given, and what the model was loaded in."""
@@ -136,8 +139,9 @@ class Run:
         return {name: value for config in self.configs.values() for name, value in asdict(config).items()}
 
     def work(
-        self, accelerator: Accelerator, folder: Path | None, costs: Costs | None, *, resume: bool
-    ) -> tuple[Task, History, dict[str, Any]]:
+        self, accelerator: Accelerator, folder: Path | None, costs: Costs | None, *, resume: bool,
+        intended: Path | None = None,
+    ) -> tuple[Task, History, dict[str, Any]]:  # fmt: skip
         """Do the long work.
 
         Args:
@@ -145,6 +149,7 @@ class Run:
             folder: Where checkpoints, logs and extra files go; None writes nothing.
             costs: What the run has cost so far; None keeps no count.
             resume: Continue from the newest checkpoint.
+            intended: Where a rehearsal would write, had it a `folder`; it must have room for all.
 
         Returns:
             The task, whose model is the result, the losses, and facts for the manifest.
@@ -161,7 +166,7 @@ class Run:
         changes = {name: getattr(config, name) for name in ("adapter_rank", "prune_ratio") if self.method.trains}
         mixed = training.mixed_precision != "no"
         with (
-            explained(accelerator.device, folder),
+            explained(accelerator.device, folder, self.settings()),
             working_copy(self.part, names, seed=training.seed, mixed=mixed, **changes) as (model, kept),
         ):
             task = Task(
@@ -172,10 +177,14 @@ class Run:
             if hasattr(implementation, "check"):
                 implementation.check(task, config)
             if self.method.trains:
+                place = folder or intended
                 preflight(
-                    model, config.batch_size, training, accelerator=accelerator, output_dir=folder, identity=identity,
+                    model, config.batch_size, training, accelerator=accelerator, output_dir=place, identity=identity,
                     resume=resume,
                 )  # fmt: skip
+                self.checkpoint_space = checkpoint_space(model, training)
+                if place is not None and not resume:  # else some of it is there already
+                    storage.check_disk_space(place, self.disk_space())
             watched = [family.denoiser, *([model] if config.part == "denoiser" else [])] if costs is not None else []
             counted = costs.counted if costs is not None else torch.zeros((), dtype=torch.int64)
             self.pipe.to(accelerator.device)
