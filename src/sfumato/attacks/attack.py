@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sfumato.attacks.slots import Slots
 from sfumato.concepts import Concept
 from sfumato.families import Conditioning, StableDiffusion
 
@@ -83,11 +84,6 @@ class Batch:
         return self.setting.victim.tokenize(self.prompts)
 
     @cached_property
-    def plain(self) -> torch.Tensor:
-        """The embeddings of the prompts' tokens, ``(B, T, width)``."""
-        return self.setting.victim.embed_tokens(self.tokens)
-
-    @cached_property
     def latents(self) -> torch.Tensor:
         """What the targets are encoded as: the posterior's mean, ``(B, C, h, w)``."""
         victim = self.setting.victim
@@ -97,10 +93,10 @@ class Batch:
         """Keys of randomness for some of the prompts; see `sfumato.randomness`."""
         return [(self.setting.seed, stream, self.numbers[k], *more) for k in rows]
 
-    def encode(self, rows: Sequence[int], embeddings: torch.Tensor) -> Conditioning:
-        """Let the victim encode token embeddings ``(b, T, width)`` of some of the prompts."""
-        victim = self.setting.victim
-        return victim.encode_embeddings(victim.parts["text_encoder"], self.tokens[list(rows)], embeddings)
+    def encode(self, rows: Sequence[int], slots: Slots, new: torch.Tensor) -> Conditioning:
+        """Let the victim encode some of the prompts, with embeddings ``(b, slots, width)`` in the batch's slots."""
+        some = list(rows)
+        return slots.rows(some).encode(self.setting.victim, self.tokens[some], new)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def attack(batch: Batch, config: ConceptInversionConfig) -> Generator[Round, Ans
     slots = Slots.instead(batch.tokens, batch.counts, _phrases(batch.setting))
     rows = tuple(range(len(batch.prompts)))
     with torch.no_grad():
-        told = batch.encode(rows, slots.fill(batch.plain, word.expand(len(rows), 1, -1)))
+        told = batch.encode(rows, slots, word.expand(len(rows), 1, -1))
     yield Round(rows, conditioning=told, iterations=config.steps)
 
 
@@ -80,11 +80,10 @@ def learn_word(setting: Setting, config: ConceptInversionConfig) -> torch.Tensor
     )  # fmt: skip
     latents = victim.encode_images(drawn.to(victim.device))[0].float()
     tokens, counts = victim.tokenize(asked)
-    slots, plain = Slots.instead(tokens, counts, _phrases(setting)), victim.embed_tokens(tokens)
+    slots = Slots.instead(tokens, counts, _phrases(setting))
     numbers, _ = victim.tokenize([config.start])
     word = victim.embed_tokens(numbers)[:, 1:2].clone().requires_grad_()
     adam = torch.optim.AdamW([word], lr=config.learning_rate, weight_decay=config.weight_decay)
-    encoder = victim.parts["text_encoder"]
     for step in Track(range(config.steps), "learn the word", shown=False):
         rows: np.ndarray = permuted_indices(setting.seed, len(asked), step * config.batch, config.batch)
         some = rows.tolist()
@@ -93,8 +92,7 @@ def learn_word(setting: Setting, config: ConceptInversionConfig) -> torch.Tensor
         keys = [(setting.seed, LEVEL_STREAM, step, k) for k in range(len(some))]
         times = randint_for(keys, victim.num_train_timesteps).to(latents.device)
         with torch.enable_grad():
-            filled = slots.rows(some).fill(plain[some], word.expand(len(some), 1, -1))
-            told = victim.encode_embeddings(encoder, tokens[some], filled)
+            told = slots.rows(some).encode(victim, tokens[some], word.expand(len(some), 1, -1))
             said = victim.ask(victim.denoiser, victim.add_noise(clean, noise, times), times, told)
             loss = (said - victim.target(clean, noise, times)).square().mean()
             word.grad = torch.autograd.grad(loss, word)[0]

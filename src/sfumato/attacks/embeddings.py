@@ -37,6 +37,7 @@ from sfumato.unlearning.embedding_attack import (
     find_embeddings,
     frozen,
     insert_embeddings,
+    insert_words,
     random_embeddings,
     room_for,
 )
@@ -161,7 +162,8 @@ def _attack(
     plain = victim.embed_tokens(tokens)  # (B, T, width)
 
     def encoded(delta: torch.Tensor) -> Conditioning:
-        return victim.encode_embeddings(encoder, tokens, insert_embeddings(plain, delta, counts, config.insertion))
+        numbers = insert_words(tokens, delta.shape[1], victim.plain_token, counts, config.insertion)
+        return victim.encode_embeddings(encoder, numbers, insert_embeddings(plain, delta, counts, config.insertion))
 
     def losses(delta: torch.Tensor, number: int) -> torch.Tensor:
         levels = randint_for([(seed, LEVEL_STREAM, number, k) for k in numbers], states.levels).numpy()

@@ -126,7 +126,7 @@ def _gradient(batch: Batch, slots: Slots, hard: torch.Tensor, rows: tuple[int, .
         wanted = source.ask(source.denoiser, noisy, times, source.encode_prompts([batch.prompts[k] for k in some]))
     chosen = hard[some].requires_grad_()
     with torch.enable_grad():
-        told = batch.encode(rows, slots.rows(rows).fill(batch.plain[some], chosen))
+        told = batch.encode(rows, slots, chosen)
         said = victim.ask(victim.denoiser, noisy, times, told)
         losses = (said - wanted).square().flatten(1).mean(1)
         return torch.autograd.grad(losses.sum(), chosen)[0]

@@ -111,9 +111,8 @@ def _costs(
     costs = []
     for start in range(0, len(flat), size):
         some = flat[start : start + size]
-        base = empty if empty.ndim == 2 else empty[..., 0]
-        numbers = _repeated(slot, len(some)).fill(base.expand(len(some), -1), some)
-        told = numbers if empty.ndim == 2 else torch.stack([numbers] * empty.shape[2], -1)
+        new = some if empty.ndim == 2 else some[..., None].expand(-1, -1, empty.shape[2])
+        told = _repeated(slot, len(some)).fill(empty.expand(len(some), *empty.shape[1:]), new)
         aims = wanted[torch.arange(start, start + len(some), device=wanted.device) // people.shape[1]]
         costs.append((_encode(source, told) - aims).square().flatten(1).sum(1))
     return torch.cat(costs).view(people.shape[:2]).cpu().numpy()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sfumato.families import StableDiffusion
+from sfumato.families import Conditioning, StableDiffusion
 
 __all__ = ["PLACES", "Slots", "text_of"]
 
@@ -115,7 +115,8 @@ class Slots:
         """Fill the slots.
 
         Args:
-            own: What stands at the prompts' places: numbers ``(B, T)`` or embeddings ``(B, T, width)``.
+            own: What stands at the prompts' places: numbers ``(B, T)``, with those of several encoders behind if there
+                are more, or embeddings ``(B, T, width)``.
             new: What goes into the slots, ``(B, slots)`` or ``(B, slots, width)``.
 
         Returns:
@@ -125,6 +126,21 @@ class Slots:
         if own.ndim == 3:
             origin = origin[..., None].expand(-1, -1, own.shape[2])
         return both.gather(1, origin)
+
+    def encode(self, family: StableDiffusion, tokens: torch.Tensor, new: torch.Tensor) -> Conditioning:
+        """Encode prompts with embeddings in the slots.
+
+        Args:
+            family: Has the text encoder.
+            tokens: The prompts' numbers, as `StableDiffusion.tokenize` gives them, ``(B, T, ...)``.
+            new: The embeddings, ``(B, slots, width)``; a gradient reaches them.
+
+        Returns:
+            As `StableDiffusion.encode_embeddings`.
+        """
+        word = tokens.new_full((*new.shape[:2], *tokens.shape[2:]), family.plain_token)
+        embeddings = self.fill(family.embed_tokens(tokens), new)
+        return family.encode_embeddings(family.parts["text_encoder"], self.fill(tokens, word), embeddings)
 
 
 def text_of(family: StableDiffusion, slots: Slots, tokens: torch.Tensor, new: torch.Tensor) -> list[str]:

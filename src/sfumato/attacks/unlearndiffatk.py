@@ -100,7 +100,7 @@ def _gradient(
     relaxed = weights[some].requires_grad_()
     with torch.enable_grad():
         chosen = drawn_tokens(relaxed, uniform.to(weights)) @ victim.token_table
-        told = batch.encode(rows, slots.rows(rows).fill(batch.plain[some], chosen))
+        told = batch.encode(rows, slots, chosen)
         said = victim.ask(victim.denoiser, victim.add_noise(latents, noise, times), times, told)
         losses = (said - victim.target(latents, noise, times)).square().flatten(1).mean(1)
         return torch.autograd.grad(losses.sum(), relaxed)[0]
