@@ -28,7 +28,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from sfumato.attacks.attack import Answer, Batch, Round
+from sfumato.attacks.attack import Answer, Batch, Round, refuse_nan
 from sfumato.families import Conditioning, Family, StableDiffusion, family_of
 from sfumato.randomness import randint_for
 from sfumato.settings import check_ranges, check_seed, check_types
@@ -169,7 +169,9 @@ def _attack(
         levels = randint_for([(seed, LEVEL_STREAM, number, k) for k in numbers], states.levels).numpy()
         at = states.at(rows, levels, ("prompt",))
         said = victim.ask(victim.denoiser, at.latents, at.timesteps, encoded(delta))
-        return (said - at.said["prompt"]).square().flatten(1).mean(1)
+        found = (said - at.said["prompt"]).square().flatten(1).mean(1)
+        refuse_nan(found.detach())
+        return found
 
     if config.insertion == "add":
         start = torch.zeros(len(numbers), int(counts.max()), table.shape[1], device=table.device)
@@ -181,5 +183,6 @@ def _attack(
         losses, start, table, attack=config.attack, steps=config.steps, radius=radius,
         learning_rate=config.learning_rate * (radius if config.attack == "projected" else 1.0),
     )  # fmt: skip
+    refuse_nan(delta)
     with torch.no_grad():
         return encoded(delta)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sfumato.attacks.attack import Answer, Batch, Round, Setting
+from sfumato.attacks.attack import Answer, Batch, Round, Setting, refuse_nan
 from sfumato.attacks.slots import Slots, text_of
 from sfumato.families import StableDiffusion
 from sfumato.randomness import rng_for
@@ -115,6 +115,7 @@ def _costs(
         told = _repeated(slot, len(some)).fill(empty.expand(len(some), *empty.shape[1:]), new)
         aims = wanted[torch.arange(start, start + len(some), device=wanted.device) // people.shape[1]]
         costs.append((_encode(source, told) - aims).square().flatten(1).sum(1))
+        refuse_nan(costs[-1])
     return torch.cat(costs).view(people.shape[:2]).cpu().numpy()
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sfumato.attacks.attack import Answer, Batch, Round
+from sfumato.attacks.attack import Answer, Batch, Round, finite_gradient
 from sfumato.attacks.simplex import drawn_tokens, project_to_simplex
 from sfumato.attacks.slots import PLACES, Slots, text_of
 from sfumato.randomness import generator_for, randn_for
@@ -103,4 +103,4 @@ def _gradient(
         told = batch.encode(rows, slots, chosen)
         said = victim.ask(victim.denoiser, victim.add_noise(latents, noise, times), times, told)
         losses = (said - victim.target(latents, noise, times)).square().flatten(1).mean(1)
-        return torch.autograd.grad(losses.sum(), relaxed)[0]
+        return finite_gradient(losses, relaxed)
