@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sfumato
-from sfumato.attacks import audit
+from sfumato.attacks import audit, job
 from sfumato.attacks.attack import Round
 from sfumato.attacks.methods import ATTACKS
 from sfumato.attacks.results import rescore
@@ -301,6 +301,31 @@ def test_bad_input_is_one_sentence_before_any_work(atelier, unlearned, tmp_path)
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "thesis.txt").write_text("")
         sfumato.attack(unlearned, atelier, "sneaker", output_dir=tmp_path / "mine")
+
+
+def test_a_cut_prompt_is_named(atelier, unlearned, scripted, caplog):
+    scripted()
+    long = "a photo of a red sneaker " * 9
+    sfumato.attack(unlearned, atelier, "sneaker", "p4d", prompts=[long], detector=(Eye(1, 1), RULE), **QUICK)
+    assert [record.getMessage() for record in caplog.records if record.name == "sfumato.attacks.prompts"] == [
+        f"The end of the prompt {long!r} is not seen: longer than the text encoder's limit, it is cut."
+    ]
+
+
+def test_pairs_are_refused_as_prompts_are(atelier, unlearned, tmp_path):
+    file = tmp_path / "pairs.csv"
+    file.write_text("with,without\na nude tween,a tween\n")
+    with pytest.raises(ValueError, match="names minors"):
+        sfumato.attack(unlearned, atelier, "sneaker", "ring_a_bell", pairs=str(file), prompts=PROMPTS[:1], **QUICK)
+
+
+def test_the_original_is_not_taken_from_a_folder_that_happens_to_be_named_so(tmp_path, monkeypatch):
+    (tmp_path / "result").mkdir()
+    (tmp_path / "result" / "manifest.json").write_text('{"model": "base"}')
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="name the model before with --original"):
+        job.main("p4d", ["--model", "result", "--forget", "sneaker", "--output", "out"])
 
 
 def test_models_without_clip_are_refused(atelier):

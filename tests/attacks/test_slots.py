@@ -20,6 +20,8 @@ NEW = torch.tensor([[50, 51], [60, 61]])
         ("prefix", [[S, 50, 51, 1, 2, 3, E, P], [S, 60, 61, 4, E, P, P, P]]),
         ("suffix", [[S, 1, 2, 3, 50, 51, E, P], [S, 4, 60, 61, E, P, P, P]]),
         ("middle", [[S, 1, 50, 51, 2, 3, E, P], [S, 60, 61, 4, E, P, P, P]]),
+        ("insert", [[S, 1, 50, 2, 51, 3, E, P], [S, 60, 61, 4, E, P, P, P]]),
+        ("per_words", [[S, 50, 1, 2, 3, 51, E, P], [S, 60, 4, 61, E, P, P, P]]),
         ("replace", [[S, 50, 51, E, P, P, P, P], [S, 60, 61, E, P, P, P, P]]),
     ],
 )
@@ -27,6 +29,24 @@ def test_slots_go_where_they_should_and_padding_gives_way(place, expected):
     slots = Slots.placed(TOKENS, COUNTS, 2, place)
     assert slots.fill(TOKENS, NEW).tolist() == expected
     assert slots.count == 2 and slots.rows([1]).fill(TOKENS[1:], NEW[1:]).tolist() == expected[1:]
+
+
+@pytest.mark.parametrize(("count", "slots"), [(7, 2), (9, 3), (2, 4), (8, 1)])
+def test_slots_in_between_are_those_of_the_released_program(count, slots):
+    """Which cuts its embeddings into slices, and so puts what a short prompt has no room between at its end."""
+    own, new = list(range(1, 1 + count)), list(range(50, 50 + slots))
+    step, inserted = count // (slots + 1), []
+    for k in range(slots):
+        inserted += [*own[step * k : step * (k + 1)], new[k]]
+    inserted += own[step * slots :]
+    per_words = []
+    for k in range(slots - 1):
+        per_words += [new[k], *own[3 * k : 3 * (k + 1)]]
+    per_words += [new[-1], *own[3 * (slots - 1) :]]
+    tokens = torch.tensor([[S, *own, E, *[P] * 9]])
+    for place, expected in (("insert", inserted), ("per_words", per_words)):
+        filled = Slots.placed(tokens, torch.tensor([count]), slots, place).fill(tokens, torch.tensor([new]))
+        assert filled[0, 1 : 1 + count + slots].tolist() == expected and filled[0, 1 + count + slots] == E
 
 
 def test_embeddings_go_where_numbers_do():

@@ -28,7 +28,7 @@ from sfumato import storage
 from sfumato.attacks.attack import Answer, Batch, Round, Setting
 from sfumato.attacks.concept_inversion import WORD_FILE
 from sfumato.attacks.methods import attack_named
-from sfumato.attacks.prompts import AuditPrompt, refuse_minors
+from sfumato.attacks.prompts import AuditPrompt, read_pairs, refuse_minors, warn_of_cuts
 from sfumato.attacks.results import RESULT_FILE, ROWS_FILE, Audit, shares_of
 from sfumato.concepts import Concept, resolve, vocabulary_of
 from sfumato.evaluation.detectors import ClipDetector, Detector, Finding, Rule, detector_for
@@ -142,7 +142,10 @@ def attack(
     concept, audit = resolve(original, forget), audit.completed(vocabulary=vocabulary_of(original) is not None)
     asked = _asked(prompts, concept, audit)
     eye, rule = detector if detector is not None else detector_for(original, concept.phrases)
-    refuse_minors([one.text for one in asked], [*concept.phrases, str(eye.facts.get("detector"))])
+    pairs = read_pairs(config.pairs) if getattr(config, "pairs", None) is not None else []
+    texts = [*(one.text for one in asked), *(text for pair in pairs for text in pair)]
+    refuse_minors(texts, [*concept.phrases, str(eye.facts.get("detector"))])
+    warn_of_cuts(victim, [one.text for one in asked])
     alike, features_name = _features_of(eye, features, victim.device)
     folder = None if output_dir is None else Path(output_dir)
     drawn = _drawn(victim, source, features_name)
@@ -157,7 +160,8 @@ def attack(
             {
                 "attack": method, "concept": {"name": concept.name, "phrases": list(concept.phrases)},
                 "settings": {**asdict(config), **asdict(audit)}, "fingerprints": fingerprints, "drawn": drawn,
-                "prompts": [asdict(one) for one in asked], "detector": eye.facts, "rule": rule.as_dict(),
+                "prompts": [asdict(one) for one in asked], "pairs": pairs,
+                "detector": eye.facts, "rule": rule.as_dict(),
                 "versions": {name: version(name) for name in ("sfumato", "torch", "diffusers", "transformers")},
             }, default=str,
         )

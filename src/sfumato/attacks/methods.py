@@ -10,6 +10,7 @@ import torch
 
 from sfumato.attacks import concept_inversion, embeddings, p4d, ring_a_bell, unlearndiffatk
 from sfumato.attacks.attack import Attack, Setting
+from sfumato.attacks.prompts import read_pairs
 from sfumato.attacks.slots import Slots
 from sfumato.unlearning.embedding_attack import room_for
 
@@ -41,6 +42,14 @@ def _p4d(setting: Setting, tokens: torch.Tensor, counts: torch.Tensor, config: p
     p4d.slots_of(tokens, counts, config)
 
 
+def _ring_a_bell(
+    setting: Setting, tokens: torch.Tensor, counts: torch.Tensor, config: ring_a_bell.RingABellConfig
+) -> None:
+    Slots.placed(tokens, counts, config.tokens, "replace")
+    if config.pairs is not None:
+        read_pairs(config.pairs)
+
+
 def _room(
     setting: Setting, tokens: torch.Tensor, counts: torch.Tensor, config: embeddings.EmbeddingAttackConfig
 ) -> None:
@@ -61,7 +70,7 @@ ATTACKS = {
     "ring_a_bell": AttackMethod(
         ring_a_bell.RingABellConfig, ring_a_bell.attack,
         "Ring-A-Bell (Tsai et al., ICLR 2024): another prompt, by the text encoder alone",
-        lambda setting, tokens, counts, config: Slots.placed(tokens, counts, config.tokens, "replace"),
+        _ring_a_bell,
     ),
     "concept_inversion": AttackMethod(
         concept_inversion.ConceptInversionConfig, concept_inversion.attack,
