@@ -59,13 +59,19 @@ def main(
     if len(folders) == 1 and evaluated.is_file():
         before = storage.read_json(evaluated)
         found = evaluate.rescore(folders[0], moved(before.get("detector", {}).get("rule")))
-        _write(output, {**before, **found.as_dict()})
+        _write(output, {**before, **found.as_dict(), **_origin(before, before["detector"]["rule"])})
         return job.summary(found)
     counted = [results.read_audit(folder) for folder in folders]
     counted = [results.rescore(one, moved(one.rule)) for one in counted]
     together = results.union(counted) if len(counted) > 1 else counted[0]
-    _write(output, {**storage.read_json(Path(folders[0]) / results.RESULT_FILE), **together.as_dict()})
+    before = storage.read_json(Path(folders[0]) / results.RESULT_FILE)
+    _write(output, {**before, **together.as_dict(), **_origin(before, before["rule"])})
     return results.summary(together)
+
+
+def _origin(before: Mapping[str, Any], rule: Any) -> dict[str, Any]:
+    """What a result that was counted again says of itself: the command line of the first count would not repeat it."""
+    return {"command": None, "rescored": {"rule": rule, "command": before.get("command")}}
 
 
 def _write(output: str | None, found: Mapping[str, Any]) -> None:

@@ -109,6 +109,7 @@ def test_the_command_counts_again_and_writes_a_new_file(tmp_path, capsys):
     assert "100.0 %" in capsys.readouterr().out
     stored = json.loads((tmp_path / "loose.json").read_text())
     assert (stored["asr"]["successes"], stored["rule"]["threshold"]) == (3, 0.3)
+    assert (stored["rescored"]["rule"]["threshold"], stored["command"]) == (0.5, None)
     cli.main(["rescore", str(one), str(two)])
     assert " 66.7 %" in capsys.readouterr().out
     cli.main(["rescore", str(one), "--labels", "cat", "dog", "--top", "0"])

@@ -80,6 +80,7 @@ def attack(batch: Batch, config: ConceptInversionConfig) -> Generator[Round, Ans
     yield Round(rows, conditioning=told, iterations=config.steps)
 
 
+@torch.no_grad()
 def prepare(setting: Setting, config: ConceptInversionConfig) -> None:
     """Let one process learn the word for all."""
     group = process_group()
