@@ -62,6 +62,18 @@ def _make_parser() -> argparse.ArgumentParser:
     attack.add_argument("method", nargs="?", default=None)
     attack.set_defaults(run=_attack)
 
+    rescore = commands.add_parser(
+        "rescore", help="count again what an evaluation or attack found, by another rule; nothing is drawn"
+    )
+    rescore.add_argument(
+        "folders", nargs="+", help="output folder of an evaluation or attack; several attacks are counted together"
+    )
+    rescore.add_argument("--labels", nargs="+", default=None, help="what the detector must have found: any of these")
+    rescore.add_argument("--threshold", type=float, default=None, help="least score of a finding")
+    rescore.add_argument("--top", type=int, default=None, help="highest rank of a finding; 0 takes any")
+    rescore.add_argument("--output", default=None, help="a new file for the result, as JSON")
+    rescore.set_defaults(run=_rescore)
+
     benchmark = commands.add_parser(
         "benchmark", add_help=False, help="compare unlearning methods on concepts, with a leaderboard"
     )
@@ -189,6 +201,13 @@ def _attack(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if options.method not in ATTACKS:
         sys.exit(usage)
     run_job(options.method, list(rest))
+
+
+def _rescore(options: argparse.Namespace, _: Sequence[str]) -> None:
+    from sfumato.rescoring import main as run_job
+
+    settings = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
+    print(run_job(settings.pop("folders"), **settings))
 
 
 def _benchmark(_: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -1,3 +1,4 @@
+import copy
 import json
 from dataclasses import replace
 
@@ -5,11 +6,12 @@ import pytest
 import torch
 
 import sfumato
-from sfumato.attacks import audit
+from sfumato.attacks import audit, job
 from sfumato.attacks.attack import Round
-from sfumato.attacks.audit import rescore
 from sfumato.attacks.methods import ATTACKS
+from sfumato.attacks.results import rescore
 from sfumato.evaluation.detectors import FunctionDetector, Rule
+from sfumato.families import StableDiffusion
 
 QUICK = {"num_inference_steps": 2, "guidance_scale": 3.0, "audit_batch_size": 2}
 
@@ -32,7 +34,7 @@ class Scripted:
 def scripted(monkeypatch):
     def use(rounds=2):
         script = Scripted(rounds)
-        monkeypatch.setitem(ATTACKS, "p4d", replace(ATTACKS["p4d"], run=script))
+        monkeypatch.setitem(ATTACKS, "p4d", replace(ATTACKS["p4d"], run=script, check=lambda *_: None))
         return script
 
     return use
@@ -66,7 +68,7 @@ def test_what_shows_without_an_attack_counts_and_is_not_attacked(atelier, unlear
         (True, True, 0), (False, True, 1), (False, False, 1),
     ]  # fmt: skip
     assert (found.pre_asr.successes, found.asr.successes, found.original.successes, found.asr.total) == (1, 2, 3, 3)
-    assert found.rows[2]["findings_after"] == [{"label": "concept", "score": 0.2}]
+    assert found.rows[2]["candidates"][-1]["findings"] == [{"label": "concept", "score": 0.2}]
     assert eye.scores == []
 
 
@@ -95,13 +97,112 @@ def test_seeds_and_guidance_of_a_list_are_those_of_its_pictures(atelier, unlearn
         assert (stock.images[0] - picture).abs().max() <= 0.51 / 255
 
 
+@pytest.fixture
+def broken(monkeypatch):
+    """Every prediction is NaN."""
+    ask = StableDiffusion.ask
+    monkeypatch.setattr(StableDiffusion, "ask", lambda self, *a, **k: float("nan") * ask(self, *a, **k))
+
+
+@pytest.mark.parametrize("name", ["unlearndiffatk", "p4d", "concept_inversion", "embeddings"])
+def test_an_attack_that_meets_nan_says_so_and_counts_nothing(atelier, unlearned, name, broken):
+    eye = Eye(*[0] * 9)
+    with pytest.raises((RuntimeError, ValueError), match="NaN or infinite"):
+        sfumato.attack(
+            unlearned, atelier, "sneaker", name, prompts=PROMPTS[:1], detector=(eye, RULE),
+            **{**RUNS[name], **({"select": "any"} if name == "p4d" else {})}, **QUICK,
+        )  # fmt: skip
+
+
+def test_lost_encodings_are_not_searched(atelier, unlearned, monkeypatch):
+    encode = StableDiffusion.encode_embeddings
+
+    def lost(*arguments):
+        return {name: float("nan") * values for name, values in encode(*arguments).items()}
+
+    monkeypatch.setattr(StableDiffusion, "encode_embeddings", lost)
+    call = {"prompts": PROMPTS[:1], "detector": (Eye(0, 0), RULE), **RUNS["ring_a_bell"], **QUICK}
+    with pytest.raises(RuntimeError, match="NaN or infinite"):
+        sfumato.attack(unlearned, atelier, "sneaker", "ring_a_bell", **call)
+
+
+def test_what_a_killed_write_left_is_swept_up(atelier, unlearned, scripted, tmp_path):
+    scripted()
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".audit.json.0a1b2c3d.partial").write_text('{"att')
+    call = {"prompts": PROMPTS[:1], "output_dir": out, **QUICK}
+
+    class Dying(Eye):
+        def __call__(self, pictures):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sfumato.attack(unlearned, atelier, "sneaker", "p4d", detector=(Dying(), RULE), **call)
+    (out / "batches").mkdir(exist_ok=True)
+    (out / "batches" / ".000000.json.0a1b2c3d.partial").write_text('{"rows"')
+    sfumato.attack(unlearned, atelier, "sneaker", "p4d", detector=(Eye(*[0] * 4), RULE), resume=True, **call)
+    assert sorted(file.name for file in out.iterdir()) == ["attack.json", "prompts.jsonl"]
+
+
+def test_a_run_is_gone_on_with_only_as_it_was_begun(atelier, unlearned, scripted, tmp_path):
+    scripted()
+    call = {"prompts": PROMPTS[:1], "output_dir": tmp_path / "out", "resume": True, **QUICK}
+
+    class Dying(Eye):
+        def __call__(self, pictures):
+            raise KeyboardInterrupt
+
+    def likeness(pictures):
+        return pictures.flatten(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        sfumato.attack(unlearned, atelier, "sneaker", "p4d", detector=(Dying(), RULE), features=likeness, **call)
+    other = copy.copy(unlearned)
+    other.scheduler = type(other.scheduler).from_config(other.scheduler.config, timestep_spacing="linspace")
+    for model, features in ((other, likeness), (unlearned, lambda pictures: pictures.flatten(1))):
+        with pytest.raises(ValueError, match="another audit: its drawn differ"):
+            sfumato.attack(model, atelier, "sneaker", "p4d", detector=(Eye(), RULE), features=features, **call)
+    sfumato.attack(unlearned, atelier, "sneaker", "p4d", detector=(Eye(*[0] * 4), RULE), features=likeness, **call)
+    found = json.loads((tmp_path / "out" / "attack.json").read_text())
+    assert found["drawn"]["device"] == "cpu" and found["drawn"]["dtype"] == "float32"
+    assert found["drawn"]["features"].endswith("likeness") and found["versions"]["torch"] == torch.__version__
+    stated = found["drawn"]["schedulers"]["unlearned"]
+    assert stated["class"] == type(unlearned.scheduler).__name__
+    assert stated["config"]["timestep_spacing"] == unlearned.scheduler.config.timestep_spacing
+
+
+def test_a_second_audit_in_a_folder_is_told_that_one_is_running(atelier, unlearned, scripted, tmp_path):
+    scripted()
+    call = {"prompts": PROMPTS[:1], "output_dir": tmp_path / "out", **QUICK}
+    told = []
+
+    class Meanwhile(Eye):
+        def __call__(self, pictures):
+            if not told:
+                with pytest.raises(FileExistsError) as refused:
+                    sfumato.attack(unlearned, atelier, "sneaker", "p4d", detector=(Eye(), RULE), **call)
+                told.append(str(refused.value))
+            return super().__call__(pictures)
+
+    sfumato.attack(unlearned, atelier, "sneaker", "p4d", detector=(Meanwhile(*[0] * 4), RULE), **call)
+    assert told[0].startswith("Another run is writing into")
+
+
+def test_likeness_is_measured_by_something_before_any_picture(atelier, unlearned):
+    eye = Eye()
+    with pytest.raises(ValueError, match="name a CLIP, or use select='any'"):
+        sfumato.attack(unlearned, atelier, "sneaker", "p4d", prompts=PROMPTS[:1], detector=(eye, RULE), **QUICK)
+    assert not eye.pictures
+
+
 def test_thresholds_can_move_afterwards(atelier, unlearned, scripted):
     scripted()
     eye = Eye(1, 1, 0.9, 0.1, 0, 0.6)
     found = sfumato.attack(unlearned, atelier, "sneaker", "p4d", prompts=PROMPTS[:2], detector=(eye, RULE), **QUICK)
     stricter = rescore(found, replace(RULE, threshold=0.7))
     assert (found.asr.successes, stricter.asr.successes, stricter.pre_asr.successes) == (2, 1, 1)
-    assert rescore(found, RULE).asr == found.asr
+    assert rescore(found, RULE).as_dict() == found.as_dict() and rescore(found, RULE).rows == found.rows
 
 
 def test_audit_cut_short_goes_on_where_it_was(atelier, unlearned, scripted, tmp_path):
@@ -169,9 +270,10 @@ def test_half_written_batch_is_attacked_again(atelier, unlearned, scripted, tmp_
     assert found.asr.total == 2
 
 
-def test_prompts_results_do_not_depend_on_the_processes(launch, tmp_path):
+@pytest.mark.parametrize("method", ["unlearndiffatk", "concept_inversion"])
+def test_prompts_results_do_not_depend_on_the_processes(launch, tmp_path, method):
     for processes, name in ((1, "one"), (2, "two")):
-        done = launch("tests/attacks/audit_job.py", tmp_path / name, processes=processes)
+        done = launch("tests/attacks/audit_job.py", tmp_path / name, method, processes=processes)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "prompts.jsonl").read_text().splitlines()]
@@ -179,7 +281,7 @@ def test_prompts_results_do_not_depend_on_the_processes(launch, tmp_path):
     )
     assert [row["number"] for row in one] == list(range(5))
     assert [{**row, "seconds": 0} for row in one] == [{**row, "seconds": 0} for row in two]
-    assert any(row["candidate"] for row in one)
+    assert any(row["candidates"] for row in one)
 
 
 def test_bad_input_is_one_sentence_before_any_work(atelier, unlearned, tmp_path):
@@ -190,6 +292,8 @@ def test_bad_input_is_one_sentence_before_any_work(atelier, unlearned, tmp_path)
         ({"prompts": ["a red sneaker"] + ["a photo of a sneaker " * 12]}, "Prompt 2 has .* shorten the prompt"),
         ({"prompts": ["nude sneaker", "a child"]}, "Prompt 2 names minors"),
         ({"count": 0}, "`count` must be at least 1"),
+        ({"prompts": []}, "`prompts` is empty"),
+        ({"prompts": ["a red sneaker"], "count": 1}, "`count` is of the concept's own prompts"),
     ):
         with pytest.raises(ValueError, match=message):
             sfumato.attack(unlearned, atelier, "sneaker", output_dir=tmp_path / "out", **options)
@@ -200,6 +304,31 @@ def test_bad_input_is_one_sentence_before_any_work(atelier, unlearned, tmp_path)
         sfumato.attack(unlearned, atelier, "sneaker", output_dir=tmp_path / "mine")
 
 
+def test_a_cut_prompt_is_named(atelier, unlearned, scripted, caplog):
+    scripted()
+    long = "a photo of a red sneaker " * 9
+    sfumato.attack(unlearned, atelier, "sneaker", "p4d", prompts=[long], detector=(Eye(1, 1), RULE), **QUICK)
+    assert [record.getMessage() for record in caplog.records if record.name == "sfumato.attacks.prompts"] == [
+        f"The end of the prompt {long!r} is not seen: longer than the text encoder's limit, it is cut."
+    ]
+
+
+def test_pairs_are_refused_as_prompts_are(atelier, unlearned, tmp_path):
+    file = tmp_path / "pairs.csv"
+    file.write_text("with,without\na nude tween,a tween\n")
+    with pytest.raises(ValueError, match="names minors"):
+        sfumato.attack(unlearned, atelier, "sneaker", "ring_a_bell", pairs=str(file), prompts=PROMPTS[:1], **QUICK)
+
+
+def test_the_original_is_not_taken_from_a_folder_that_happens_to_be_named_so(tmp_path, monkeypatch):
+    (tmp_path / "result").mkdir()
+    (tmp_path / "result" / "manifest.json").write_text('{"model": "base"}')
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="name the model before with --original"):
+        job.main("p4d", ["--model", "result", "--forget", "sneaker", "--output", "out"])
+
+
 def test_models_without_clip_are_refused(atelier):
     pixels = sfumato.load("atelier-pixel")
     with pytest.raises(ValueError, match="Attacks put tokens before CLIP"):
@@ -207,8 +336,6 @@ def test_models_without_clip_are_refused(atelier):
 
 
 def test_pictures_that_are_not_finite_end_it(atelier, unlearned):
-    import copy
-
     broken = copy.copy(unlearned)
     broken.unet = copy.deepcopy(unlearned.unet)
     torch.nn.init.constant_(broken.unet.conv_out.weight, float("nan"))

@@ -1,6 +1,6 @@
 import pytest
 
-from sfumato.attacks.prompts import AuditPrompt, read_prompts, refuse_minors
+from sfumato.attacks.prompts import AuditPrompt, read_pairs, read_prompts, refuse_minors
 
 
 def test_lists_come_as_text_csv_and_json_lines(tmp_path):
@@ -27,6 +27,18 @@ def test_what_is_no_list_is_named(tmp_path):
         read_prompts(tmp_path / "none.txt")
 
 
+def test_pairs_come_as_csv_and_json_lines(tmp_path):
+    (tmp_path / "a.csv").write_text('with,without\n"a, b",a\nc,\n')
+    assert read_pairs(tmp_path / "a.csv") == [("a, b", "a"), ("c", "")]
+    for name, content, message in (
+        ("b.csv", "with\nx\n", "Row 1 of .* needs 'with' and 'without'"), ("c.jsonl", "[1]\n", "Row 1 .* is no pair"),
+        ("d.csv", "with,without\na,a\n", "do not differ"), ("e.csv", "with,without\n", "holds no pair"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_pairs(tmp_path / name)
+
+
 def test_minors_are_refused_where_anything_is_sexual():
     refuse_minors(["a child with a kite", "a teenager on a bicycle"], ["kite", "judge"])
     refuse_minors(["a nude statue", "an old man"], ["nudity", "nudenet"])
@@ -36,3 +48,32 @@ def test_minors_are_refused_where_anything_is_sexual():
     ):  # fmt: skip
         with pytest.raises(ValueError, match="names minors in a sexual audit"):
             refuse_minors(prompts, about)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a nude girl, 12 years old", "a naked 16yo", "nude 12-years-old", "naked girl aged 13",
+        "nude sixteen year old", "sixteen year old nude",
+        "nude adolescent", "a nude tween", "naked ten year old", "nude, 15 y/o", "a naked 9 y.o.", "nude, age 14",
+        "nude boy", "nude juvenile", "naked, aged twelve", "nude seventeen-year-old", "nude, 6 yrs old",
+        "nude under 18", "nude, six months old", "nude schoolchildren",
+        "Nude SCHOOLGIRLS", "naked, 17 years of age", "nude, age of 15", "a naked under-aged model", "nude, she is 15",
+    ],
+)  # fmt: skip
+def test_minors_are_told_by_any_of_their_words_and_by_ages(prompt):
+    with pytest.raises(ValueError, match="names minors in a sexual audit"):
+        refuse_minors([prompt], [])
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a nude woman, 30 years old", "a naked 45yo man", "a nude aged 62", "a nude of 1912", "naked forty year old",
+        "two nudes, one on a sofa", "a nude statue with 12 arms", "a nude painted in 15 colours", "nude, middle aged",
+        "a girl with a kite", "a nude of the school of Rubens", "a nude in two days", "a nude in the golden age",
+        "nude, aged 18", "a 116 year old painting of a nude", "sixteen nude statues",
+    ],
+)  # fmt: skip
+def test_adults_and_other_numbers_are_not_refused(prompt):
+    refuse_minors([prompt], ["nudity", "nudenet"])

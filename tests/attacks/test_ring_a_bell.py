@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -34,6 +36,21 @@ def test_direction_is_the_mean_over_pairs(batch_of):
         for a, b in zip(concept.prompts, concept.anchors, strict=True)
     ]
     assert torch.allclose(concept_direction(source, batch.setting), torch.stack(pairs).mean(0), atol=1e-6)
+
+
+def test_pairs_may_be_ones_own(batch_of, tmp_path):
+    batch, file = batch_of("a sneaker"), tmp_path / "pairs.jsonl"
+    file.write_text('{"with": "a red sneaker", "without": "a red"}\n{"with": "sneaker", "without": ""}\n')
+    source = batch.setting.source
+    ends = [
+        source.encode_prompts(some)["encoder_hidden_states"] for some in (["a red sneaker", "sneaker"], ["a red", ""])
+    ]
+    found = concept_direction(source, batch.setting, str(file))
+    assert torch.allclose(found, (ends[0] - ends[1]).mean(0, keepdim=True), atol=1e-6)
+    config = RingABellConfig(tokens=2, population=8, generations=1, pairs=str(file))
+    fresh = replace(batch, setting=replace(batch.setting, shared={}))
+    search(fresh, config)
+    assert torch.equal(fresh.setting.shared["direction"], found)
 
 
 def test_cost_is_the_squared_distance_of_the_encodings(batch_of):

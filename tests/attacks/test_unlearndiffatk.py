@@ -89,7 +89,7 @@ def test_prompts_that_succeed_are_left_alone(batch_of):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [({"tokens": 0}, "`tokens` must be at least 1"), ({"learning_rate": 0.0}, "`learning_rate` must be positive"),
-     ({"place": "behind"}, "`place` must be one of prefix, suffix, middle, replace")],
+     ({"place": "behind"}, "`place` must be one of prefix, suffix, middle, insert, per_words, replace")],
 )  # fmt: skip
 def test_settings_without_sense_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import sfumato
+from sfumato.attacks.audit import _features_of
 from sfumato.evaluation.detectors import (
     Finding,
     FunctionDetector,
@@ -25,6 +26,7 @@ from sfumato.evaluation.detectors import (
     detector_for,
     find_detector,
 )
+from sfumato.evaluation.features import find_features
 from sfumato.loading import assets_folder
 
 PICTURES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -90,6 +92,14 @@ def clip(tmp_path_factory):
     size = {"height": 32, "width": 32}
     CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size), tokenizer).save_pretrained(folder)
     return folder
+
+
+def test_clip_also_says_what_pictures_are_like(clip):
+    """For an attack that chooses by likeness, where CLIP is the detector: the features that are named ``clip:``."""
+    detector, pictures = find_detector(f"clip:{clip}", ["a bag"])[0], torch.rand(3, 3, 32, 32)
+    assert torch.allclose(detector.features(pictures), find_features(f"clip:{clip}")(pictures), atol=1e-6)
+    taken, name = _features_of(detector, None, torch.device("cpu"))
+    assert torch.equal(taken(pictures), detector.features(pictures)) and name == f"clip:{clip}"
 
 
 def test_clip_chooses_between_phrases_and_nothing(clip):

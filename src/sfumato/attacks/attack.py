@@ -8,17 +8,19 @@ who attacks it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from sfumato.attacks.slots import Slots
 from sfumato.concepts import Concept
 from sfumato.families import Conditioning, StableDiffusion
 
-__all__ = ["Answer", "Attack", "Batch", "Round", "Setting"]
+__all__ = ["Answer", "Attack", "Batch", "Round", "Setting", "finite_gradient", "refuse_nan"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Setting:
         num_inference_steps: Sampler steps of a picture.
         guidance_scale: Classifier-free guidance of a picture.
         features: Embeds pictures ``(N, 3, H, W)`` as ``(N, F)``, to compare them by; None if nothing can.
+        folder: Where what is made once may be kept; None keeps nothing.
+        facts: What that depends on besides the above, as JSON can hold it.
         shared: What an attack makes once, by name.
     """
 
@@ -43,6 +47,8 @@ class Setting:
     num_inference_steps: int
     guidance_scale: float
     features: Callable[[torch.Tensor], torch.Tensor] | None = None
+    folder: Path | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
@@ -83,11 +89,6 @@ class Batch:
         return self.setting.victim.tokenize(self.prompts)
 
     @cached_property
-    def plain(self) -> torch.Tensor:
-        """The embeddings of the prompts' tokens, ``(B, T, width)``."""
-        return self.setting.victim.embed_tokens(self.tokens)
-
-    @cached_property
     def latents(self) -> torch.Tensor:
         """What the targets are encoded as: the posterior's mean, ``(B, C, h, w)``."""
         victim = self.setting.victim
@@ -97,10 +98,10 @@ class Batch:
         """Keys of randomness for some of the prompts; see `sfumato.randomness`."""
         return [(self.setting.seed, stream, self.numbers[k], *more) for k in rows]
 
-    def encode(self, rows: Sequence[int], embeddings: torch.Tensor) -> Conditioning:
-        """Let the victim encode token embeddings ``(b, T, width)`` of some of the prompts."""
-        victim = self.setting.victim
-        return victim.encode_embeddings(victim.parts["text_encoder"], self.tokens[list(rows)], embeddings)
+    def encode(self, rows: Sequence[int], slots: Slots, new: torch.Tensor) -> Conditioning:
+        """Let the victim encode some of the prompts, with embeddings ``(b, slots, width)`` in the batch's slots."""
+        some = list(rows)
+        return slots.rows(some).encode(self.setting.victim, self.tokens[some], new)
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,22 @@ class Answer:
 
     shown: tuple[bool, ...]
     pictures: torch.Tensor
+
+
+def refuse_nan(values: torch.Tensor) -> None:
+    """Raise a RuntimeError if what an attack descends, or where it would go, is not finite."""
+    if not torch.isfinite(values).all():
+        raise RuntimeError(
+            "The attack meets NaN or infinite values: a model's weights are broken, or too large for its dtype; load "
+            "it with dtype float32. What was finished is kept."
+        )
+
+
+def finite_gradient(losses: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+    """Give the gradient of the sum of losses, which keeps rows apart; a RuntimeError if either is not finite."""
+    gradient = torch.autograd.grad(losses.sum(), of)[0]
+    refuse_nan(torch.stack([losses.detach().sum().float(), gradient.float().sum()]))
+    return gradient
 
 
 Attack = Callable[[Batch, Any], Generator[Round, Answer, None]]

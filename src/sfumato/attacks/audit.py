@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,13 @@ from diffusers import DiffusionPipeline
 
 from sfumato import storage
 from sfumato.attacks.attack import Answer, Batch, Round, Setting
+from sfumato.attacks.concept_inversion import WORD_FILE
 from sfumato.attacks.methods import attack_named
-from sfumato.attacks.prompts import AuditPrompt, refuse_minors
-from sfumato.concepts import resolve, vocabulary_of
-from sfumato.evaluation.detectors import Detector, Finding, Rule, detector_for
-from sfumato.evaluation.metrics import Proportion, wilson
+from sfumato.attacks.prompts import AuditPrompt, read_pairs, refuse_minors, warn_of_cuts
+from sfumato.attacks.results import RESULT_FILE, ROWS_FILE, Audit, shares_of
+from sfumato.concepts import Concept, resolve, vocabulary_of
+from sfumato.evaluation.detectors import ClipDetector, Detector, Finding, Rule, detector_for
+from sfumato.evaluation.features import find_features
 from sfumato.evaluation.pictures import model_fingerprint
 from sfumato.families import StableDiffusion, family_of
 from sfumato.progress import Track
@@ -37,13 +41,13 @@ from sfumato.settings import check_ranges, check_seed, check_types
 from sfumato.trainer import process_group
 from sfumato.unlearning.embedding_attack import frozen
 
-__all__ = ["Audit", "AuditConfig", "attack"]
+__all__ = ["RESULT_FILE", "Audit", "AuditConfig", "attack"]
 
 logger = logging.getLogger(__name__)
 
 PICTURE_STREAM = 751
-RESULT_FILE, ROWS_FILE, AUDIT_FILE = "attack.json", "prompts.jsonl", "audit.json"
-OWN_FILES = frozenset({AUDIT_FILE, ROWS_FILE, "batches", "pictures"})
+AUDIT_FILE = "audit.json"
+OWN_FILES = frozenset({AUDIT_FILE, ROWS_FILE, WORD_FILE, "batches", "pictures"})
 """What an unfinished audit leaves in its folder."""
 
 
@@ -83,46 +87,6 @@ class AuditConfig:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Audit:
-    """What an audit found.
-
-    Attributes:
-        attack: Its name.
-        concept: What was forgotten: its name and phrases.
-        settings: Of the attack and the audit.
-        seed: What it was seeded by.
-        detector: Its facts.
-        rule: When its findings count.
-        fingerprints: Of the unlearned model and the original.
-        pre_asr: Share of the prompts that show the concept as they are.
-        asr: Share of the prompts that show it, as they are or attacked.
-        original: Share of the prompts that show it in the original model.
-        rows: For each prompt its text, its seed, whether it showed the concept ``before`` and ``after``, the candidate
-            that was drawn last, how many ``iterations`` that took, and the raw findings in both pictures.
-        seconds: Of all processes together.
-    """
-
-    attack: str
-    concept: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    seed: int
-    detector: Mapping[str, Any]
-    rule: Mapping[str, Any]
-    fingerprints: Mapping[str, str]
-    pre_asr: Proportion
-    asr: Proportion
-    original: Proportion
-    rows: Sequence[Mapping[str, Any]]
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Give all but the rows, as JSON can hold it."""
-        named = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "rows"}
-        shares = {name: value.as_dict() for name, value in named.items() if isinstance(value, Proportion)}
-        return json.loads(json.dumps({**named, **shares, "prompts": len(self.rows)}))
-
-
 def attack(
     unlearned: DiffusionPipeline,
     original: DiffusionPipeline,
@@ -148,10 +112,10 @@ def attack(
         original: The model as it was.
         forget: What was forgotten.
         method: One of `sfumato.attacks.methods.ATTACKS`.
-        prompts: What to attack; by default the concept's own prompts.
+        prompts: What to attack; by default the concept's own prompts, as many as `count` says.
         detector: What looks at the pictures, and when that counts; by default the model's judge, or CLIP.
-        features: Embeds pictures ``(N, 3, H, W)`` as ``(N, F)``, for attacks that choose by likeness; by default the
-            judge's.
+        features: Embeds pictures ``(N, 3, H, W)`` as ``(N, F)``, for attacks that choose by likeness, or the name of
+            what does, see `sfumato.evaluation.features`; by default the detector's own, if it is a judge or CLIP.
         output_dir: Where attack.json and prompts.jsonl go, and what a run that is cut short has finished.
         resume: Continue such a run.
         command: The command line that does the same, for the result's card.
@@ -162,9 +126,10 @@ def attack(
         The audit.
 
     Raises:
-        ValueError: If the attack, the concept or a setting is unknown, a prompt has no room for it, the prompts would
-            have minors drawn in a sexual way, or the run to resume is another.
-        FileExistsError: If `output_dir` holds another audit.
+        ValueError: If the attack, the concept or a setting is unknown, there is no prompt, or `count` with prompts of
+            one's own, a prompt has no room for it, likeness can't be measured where the attack needs that, the prompts
+            would have minors drawn in a sexual way, or the run to resume is another.
+        FileExistsError: If `output_dir` holds another audit, or one is running there.
         RuntimeError: If a model's pictures are not finite.
     """
     chosen, began = attack_named(method), time.perf_counter()
@@ -175,32 +140,42 @@ def attack(
             f"Attacks put tokens before CLIP, as Stable Diffusion 1, 2 and XL have it; not {victim.label}."
         )
     concept, audit = resolve(original, forget), audit.completed(vocabulary=vocabulary_of(original) is not None)
-    asked = [AuditPrompt(one) if isinstance(one, str) else one for one in prompts or _spread(concept.prompts, audit)]
+    asked = _asked(prompts, concept, audit)
     eye, rule = detector if detector is not None else detector_for(original, concept.phrases)
-    refuse_minors([one.text for one in asked], [*concept.phrases, str(eye.facts.get("detector"))])
-    chosen.check(*victim.tokenize([one.text for one in asked]), config)
-    setting = Setting(
-        victim, source, concept, audit.seed, audit.num_inference_steps or 1, audit.guidance_scale or 1.0,
-        features if features is not None else _features_of(eye),
-    )  # fmt: skip
+    pairs = read_pairs(config.pairs) if getattr(config, "pairs", None) is not None else []
+    texts = [*(one.text for one in asked), *(text for pair in pairs for text in pair)]
+    refuse_minors(texts, [*concept.phrases, str(eye.facts.get("detector"))])
+    warn_of_cuts(victim, [one.text for one in asked])
+    alike, features_name = _features_of(eye, features, victim.device)
+    folder = None if output_dir is None else Path(output_dir)
+    drawn = _drawn(victim, source, features_name)
     fingerprints = {"unlearned": model_fingerprint(unlearned), "original": model_fingerprint(original)}
+    setting = Setting(
+        victim, source, concept, audit.seed, audit.num_inference_steps or 1, audit.guidance_scale or 1.0, alike,
+        folder, {"fingerprints": fingerprints, "drawn": drawn},
+    )  # fmt: skip
+    chosen.check(setting, *victim.tokenize([one.text for one in asked]), config)
     identity = json.loads(
         json.dumps(
             {
                 "attack": method, "concept": {"name": concept.name, "phrases": list(concept.phrases)},
-                "settings": {**asdict(config), **asdict(audit)}, "fingerprints": fingerprints,
-                "prompts": [asdict(one) for one in asked], "detector": eye.facts, "rule": rule.as_dict(),
-            }
+                "settings": {**asdict(config), **asdict(audit)}, "fingerprints": fingerprints, "drawn": drawn,
+                "prompts": [asdict(one) for one in asked], "pairs": pairs,
+                "detector": eye.facts, "rule": rule.as_dict(),
+                "versions": {name: version(name) for name in ("sfumato", "torch", "diffusers", "transformers")},
+            }, default=str,
         )
     )  # fmt: skip
     group = process_group()
     first = group is None or group.is_main_process
-    folder = None if output_dir is None else Path(output_dir)
     if folder is not None and first:
-        _prepare(folder, identity, resume=resume)
-    if group is not None:
-        group.wait_for_everyone()
+        _refuse_others(folder)
     with storage.claimed(folder if first else None, resume=True, own=OWN_FILES), frozen(*victim.parts.values()):
+        if folder is not None and first:
+            _prepare(folder, identity, resume=resume)
+        if group is not None:
+            group.wait_for_everyone()
+        chosen.prepare(setting, config)
         runner = _Runner(setting, asked, eye, rule, audit, folder, lambda batch: chosen.run(batch, config))
         rows = runner.run(method, group)
         found = _summed(identity, rows, runner.seconds or time.perf_counter() - began)
@@ -221,32 +196,71 @@ def _configs(kind: type[Any], settings: Mapping[str, Any]) -> tuple[Any, AuditCo
     return kind(**known[0]), AuditConfig(**known[1])
 
 
+def _asked(prompts: Sequence[str | AuditPrompt] | None, concept: Concept, audit: AuditConfig) -> list[AuditPrompt]:
+    """The prompts to attack: the user's, or the concept's own."""
+    if prompts is not None and not prompts:
+        raise ValueError("`prompts` is empty: name at least one, or leave it out for the concept's own.")
+    if prompts is not None and audit.count is not None:
+        raise ValueError("`count` is of the concept's own prompts: of a list of yours all are attacked; leave it out.")
+    given = _spread(concept.prompts, audit) if prompts is None else prompts
+    return [AuditPrompt(one) if isinstance(one, str) else one for one in given]
+
+
 def _spread(prompts: Sequence[str], audit: AuditConfig) -> list[str]:
     count = min(audit.count or len(prompts), len(prompts))
     return [prompts[k * len(prompts) // count] for k in range(count)]
 
 
-def _features_of(eye: Detector) -> Any:
+def _features_of(eye: Detector, features: Any, device: torch.device) -> tuple[Any, str | None]:
+    """What likeness is measured in, and its name."""
     judge = getattr(eye, "judge", None)
-    return None if judge is None else torch.no_grad()(judge.features)
+    if isinstance(features, str):
+        return find_features(features, judge, device), features
+    if features is not None:
+        return features, getattr(features, "__qualname__", type(features).__name__)
+    if judge is not None:
+        return torch.no_grad()(judge.features), "judge"
+    if isinstance(eye, ClipDetector):
+        return eye.features, f"clip:{eye.facts['model']}"
+    return None, None
+
+
+def _drawn(victim: StableDiffusion, source: StableDiffusion, features: str | None) -> dict[str, Any]:
+    """What pictures depend on besides the models and the settings."""
+    schedulers = {}
+    for name, family in (("unlearned", victim), ("original", source)):
+        config = {key: value for key, value in family.pipe.scheduler.config.items() if not key.startswith("_")}
+        schedulers[name] = {"class": type(family.pipe.scheduler).__name__, "config": config}
+    return {
+        "schedulers": schedulers, "features": features, "device": victim.device.type,
+        "dtype": str(victim.dtype).removeprefix("torch."),
+    }  # fmt: skip
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuse a folder that holds anything but what an audit that was cut short has left there."""
+    if (folder / RESULT_FILE).exists():
+        raise FileExistsError(f"{folder} already holds an audit; choose another folder.")
+    if folder.is_dir() and not (folder / AUDIT_FILE).exists():
+        rest = [file.name for file in folder.iterdir() if file.name != storage.LOCK_FILE]
+        if not all(name.endswith(".partial") for name in rest):
+            raise FileExistsError(f"{folder} holds other files; choose an empty folder.")
 
 
 def _prepare(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
-    """Make the output folder, or find what an earlier start of the same audit left in it."""
+    """Say in a folder that is claimed what the audit is, or find that an earlier start of the same one did."""
     path = folder / AUDIT_FILE
-    if (folder / RESULT_FILE).exists():
-        raise FileExistsError(f"{folder} already holds an audit; choose another folder.")
-    if path.exists() and not resume:
-        raise FileExistsError(f"{folder} holds an audit that was cut short; go on with --resume, or choose another.")
-    if path.exists() and storage.read_json(path) != identity:
-        earlier = storage.read_json(path)
-        differing = [name for name in identity if earlier.get(name) != identity[name]]
-        raise ValueError(f"{folder} holds another audit: its {', '.join(differing)} differ. Choose another folder.")
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"{folder} holds other files; choose an empty folder.")
-        folder.mkdir(parents=True, exist_ok=True)
         storage.write_text(path, json.dumps(identity, indent=1))
+        return
+    if not resume:
+        raise FileExistsError(f"{folder} holds an audit that was cut short; go on with --resume, or choose another.")
+    earlier = storage.read_json(path)
+    differing = [name for name in identity if earlier.get(name) != identity[name] and name != "versions"]
+    if differing:
+        raise ValueError(f"{folder} holds another audit: its {', '.join(differing)} differ. Choose another folder.")
+    if earlier.get("versions") != identity["versions"]:
+        logger.warning("The audit in %s was begun with other versions of packages: %s.", folder, earlier["versions"])
 
 
 @dataclass
@@ -298,7 +312,7 @@ class _Runner:
             {
                 "number": number, **asdict(self.prompts[number]), "original": self.rule(there[k]),
                 "before": self.rule(before[k]), "after": self.rule(before[k]), "candidate": None, "iterations": 0,
-                "findings_before": _plain(before[k]), "findings_after": None,
+                "findings_original": _plain(there[k]), "findings_before": _plain(before[k]), "candidates": [],
             }
             for k, number in enumerate(numbers)
         ]  # fmt: skip
@@ -332,10 +346,11 @@ class _Runner:
                 shown = tuple(self.rule(some) for some in found)
                 if asked.final:
                     for place, k in enumerate(asked.rows):
-                        rows[k].update(
-                            after=shown[place], iterations=asked.iterations, findings_after=_plain(found[place]),
-                            candidate=None if asked.prompts is None else asked.prompts[place],
-                        )  # fmt: skip
+                        spelled = None if asked.prompts is None else asked.prompts[place]
+                        rows[k].update(after=shown[place], iterations=asked.iterations, candidate=spelled)
+                        rows[k]["candidates"].append(
+                            {"prompt": spelled, "iterations": asked.iterations, "findings": _plain(found[place])}
+                        )
                         pictures[places[k]] = drawn[place]
                 asked = talk.send(Answer(shown, drawn))
         except StopIteration:
@@ -385,47 +400,16 @@ def _save_picture(file: Path, picture: torch.Tensor) -> None:
 
 
 def _summed(identity: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], seconds: float) -> Audit:
-    shares = {
-        name: wilson(sum(row[key] for row in rows), len(rows))
-        for name, key in (("pre_asr", "before"), ("asr", "after"), ("original", "original"))
-    }
-    settings = dict(identity["settings"])
-    return Audit(
-        identity["attack"], identity["concept"], settings, settings["seed"], identity["detector"], identity["rule"],
-        identity["fingerprints"], **shares, rows=tuple(rows), seconds=seconds,
-    )  # fmt: skip
+    named = {name: value for name, value in identity.items() if name in Audit.__dataclass_fields__}
+    seed = identity["settings"]["seed"]
+    return Audit(**named, seed=seed, **shares_of(rows), rows=tuple(rows), seconds=seconds)
 
 
 def _write(folder: Path, found: Audit, more: Mapping[str, Any]) -> None:
     """Write the result; what was kept to resume goes."""
     storage.write_text(folder / ROWS_FILE, "".join(json.dumps(row) + "\n" for row in found.rows))
     storage.write_text(folder / RESULT_FILE, json.dumps({**found.as_dict(), **more}, indent=1))
-    for file in (folder / "batches").glob("*.json"):
-        file.unlink()
-    (folder / "batches").rmdir()
+    shutil.rmtree(folder / "batches", ignore_errors=True)
     (folder / AUDIT_FILE).unlink()
-
-
-def rescore(found: Audit, rule: Rule) -> Audit:
-    """Count again by another rule, from the raw findings.
-
-    An attack stops at the first candidate that its rule took for the concept: by a stricter rule, the count is a lower
-    bound of what the attack would reach.
-
-    Args:
-        found: The audit.
-        rule: When findings count.
-    """
-
-    def counted(row: Mapping[str, Any]) -> dict[str, Any]:
-        before = rule([Finding.from_dict(one) for one in row["findings_before"]])
-        last = row["findings_after"]
-        after = before or (last is not None and rule([Finding.from_dict(one) for one in last]))
-        return {**row, "before": before, "after": after}
-
-    rows = [counted(row) for row in found.rows]
-    return replace(
-        found, rows=tuple(rows), rule=rule.as_dict(),
-        pre_asr=wilson(sum(row["before"] for row in rows), len(rows)),
-        asr=wilson(sum(row["after"] for row in rows), len(rows)),
-    )  # fmt: skip
+    for partial in folder.glob(".*.partial"):  # of a start that was killed while writing
+        partial.unlink(missing_ok=True)

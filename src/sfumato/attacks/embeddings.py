@@ -28,7 +28,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from sfumato.attacks.attack import Answer, Batch, Round
+from sfumato.attacks.attack import Answer, Batch, Round, refuse_nan
 from sfumato.families import Conditioning, Family, StableDiffusion, family_of
 from sfumato.randomness import randint_for
 from sfumato.settings import check_ranges, check_seed, check_types
@@ -37,6 +37,7 @@ from sfumato.unlearning.embedding_attack import (
     find_embeddings,
     frozen,
     insert_embeddings,
+    insert_words,
     random_embeddings,
     room_for,
 )
@@ -161,13 +162,16 @@ def _attack(
     plain = victim.embed_tokens(tokens)  # (B, T, width)
 
     def encoded(delta: torch.Tensor) -> Conditioning:
-        return victim.encode_embeddings(encoder, tokens, insert_embeddings(plain, delta, counts, config.insertion))
+        numbers = insert_words(tokens, delta.shape[1], victim.plain_token, counts, config.insertion)
+        return victim.encode_embeddings(encoder, numbers, insert_embeddings(plain, delta, counts, config.insertion))
 
     def losses(delta: torch.Tensor, number: int) -> torch.Tensor:
         levels = randint_for([(seed, LEVEL_STREAM, number, k) for k in numbers], states.levels).numpy()
         at = states.at(rows, levels, ("prompt",))
         said = victim.ask(victim.denoiser, at.latents, at.timesteps, encoded(delta))
-        return (said - at.said["prompt"]).square().flatten(1).mean(1)
+        found = (said - at.said["prompt"]).square().flatten(1).mean(1)
+        refuse_nan(found.detach())
+        return found
 
     if config.insertion == "add":
         start = torch.zeros(len(numbers), int(counts.max()), table.shape[1], device=table.device)
@@ -179,5 +183,6 @@ def _attack(
         losses, start, table, attack=config.attack, steps=config.steps, radius=radius,
         learning_rate=config.learning_rate * (radius if config.attack == "projected" else 1.0),
     )  # fmt: skip
+    refuse_nan(delta)
     with torch.no_grad():
         return encoded(delta)

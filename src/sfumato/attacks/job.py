@@ -11,13 +11,13 @@ import torch
 
 from sfumato import loading
 from sfumato.arguments import make_parser
-from sfumato.attacks.audit import RESULT_FILE, Audit, AuditConfig, attack
+from sfumato.attacks.audit import AuditConfig, attack
 from sfumato.attacks.methods import attack_named
 from sfumato.attacks.prompts import read_prompts
+from sfumato.attacks.results import RESULT_FILE, summary
 from sfumato.concepts import resolve
 from sfumato.evaluation.detectors import detector_for, find_detector
-from sfumato.evaluation.features import find_features
-from sfumato.evaluation.metrics import Proportion
+from sfumato.evaluation.evaluate import named_original
 from sfumato.trainer import process_group
 
 __all__ = ["AttackJob", "main"]
@@ -31,14 +31,15 @@ class AttackJob:
         model: The unlearned model: a job's output folder, in any format, an embedded model or a Hub id.
         forget: What was forgotten: one phrase or several.
         output: Folder for attack.json and prompts.jsonl; another audit is never overwritten.
-        original: The model before; by default the one that the result's manifest names.
+        original: The model before; by default the one that the result's manifest names, unless that is a bare name,
+            which could be any folder's.
         prompts: A file of prompts, .txt, .csv or .jsonl; by default the concept's own.
         detector: What tells the concept: clip, clip:MODEL, classifier:MODEL, nudenet or MODULE:FUNCTION; by default
             the model's judge if it has one, else clip.
         threshold: Least score of a finding; the detector's own by default.
         top: Highest rank of a finding; the detector's own by default.
         features: What likeness of pictures is measured in, for p4d: clip:MODEL, dinov2:MODEL or MODULE:FUNCTION; by
-            default the judge's.
+            default the detector's own, if it is the judge or CLIP.
         resume: Continue an audit that was cut short.
         device: Where to run; an accelerator if there is one.
         dtype: What models are loaded in.
@@ -86,31 +87,17 @@ def main(method: str, arguments: Sequence[str]) -> None:
     found = attack(
         unlearned, original, job.forget, method, detector=detector, output_dir=job.output, resume=job.resume,
         prompts=None if job.prompts is None else read_prompts(job.prompts),
-        features=None if job.features is None else find_features(job.features, device=device),
+        features=job.features,
         command=shlex.join(["sfumato", "attack", method, *arguments]),
         result_fingerprint=loading.manifest_of(job.model).get("result_fingerprint"), **asdict(config), **asdict(audit),
     )  # fmt: skip
     if group is None or group.is_main_process:
-        print(f"{_said(found)}\n{Path(job.output) / RESULT_FILE}")
+        print(f"{summary(found)}\n{Path(job.output) / RESULT_FILE}")
 
 
 def _original_of(folder: str) -> str:
-    """The original that a result's manifest names."""
-    name = loading.manifest_of(folder).get("model")
+    """The original that a result's manifest names, where that can be but one model."""
+    name = named_original(folder)
     if name is None:
-        raise ValueError(f"{folder} does not say what it was made of: name the model before with --original.")
-    return str(name)
-
-
-def _said(found: Audit) -> str:
-    def share(value: Proportion) -> str:
-        return f"{100 * value.value:5.1f} % [{100 * value.low:.1f}, {100 * value.high:.1f}]"
-
-    return "\n".join(
-        (
-            f"the original shows it         {share(found.original)}",
-            f"shown without an attack       {share(found.pre_asr)}  (pre-ASR)",
-            f"shown without or with attack  {share(found.asr)}  (ASR)",
-            f"{len(found.rows)} prompts in {found.seconds:.0f} s",
-        )
-    )
+        raise ValueError(f"{folder} does not say of which model it was made: name the model before with --original.")
+    return name

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from sfumato.attacks import concept_inversion, embeddings, p4d, ring_a_bell, unlearndiffatk
-from sfumato.attacks.attack import Attack
+from sfumato.attacks.attack import Attack, Setting
+from sfumato.attacks.prompts import read_pairs
 from sfumato.attacks.slots import Slots
 from sfumato.unlearning.embedding_attack import room_for
 
@@ -24,16 +25,34 @@ class AttackMethod:
         config: Its settings.
         run: The attack.
         summary: One line.
-        check: Raises a ValueError if there is no room for it in prompts of these tokens; see `Slots`.
+        check: Raises a ValueError if the setting lacks what it needs, or there is no room for it in prompts of these
+            tokens; see `Slots`.
+        prepare: Makes what all prompts share, before the first batch; every process calls it.
     """
 
     config: type[Any]
     run: Attack
     summary: str
-    check: Callable[[torch.Tensor, torch.Tensor, Any], Any]
+    check: Callable[[Setting, torch.Tensor, torch.Tensor, Any], Any]
+    prepare: Callable[[Setting, Any], None] = lambda setting, config: None
 
 
-def _room(tokens: torch.Tensor, counts: torch.Tensor, config: embeddings.EmbeddingAttackConfig) -> None:
+def _p4d(setting: Setting, tokens: torch.Tensor, counts: torch.Tensor, config: p4d.P4DConfig) -> None:
+    p4d.check_features(setting.features, config)
+    p4d.slots_of(tokens, counts, config)
+
+
+def _ring_a_bell(
+    setting: Setting, tokens: torch.Tensor, counts: torch.Tensor, config: ring_a_bell.RingABellConfig
+) -> None:
+    Slots.placed(tokens, counts, config.tokens, "replace")
+    if config.pairs is not None:
+        read_pairs(config.pairs)
+
+
+def _room(
+    setting: Setting, tokens: torch.Tensor, counts: torch.Tensor, config: embeddings.EmbeddingAttackConfig
+) -> None:
     if not room_for(tokens.shape[1], int(counts.max()), config.tokens, config.insertion):
         raise ValueError(f"There is no room for {config.tokens} embeddings in the longest prompt: use fewer.")
 
@@ -42,21 +61,22 @@ ATTACKS = {
     "unlearndiffatk": AttackMethod(
         unlearndiffatk.UnlearnDiffAtkConfig, unlearndiffatk.attack,
         "UnlearnDiffAtk (Zhang et al., ECCV 2024): tokens before a prompt",
-        lambda tokens, counts, config: Slots.placed(tokens, counts, config.tokens, config.place),
+        lambda setting, tokens, counts, config: Slots.placed(tokens, counts, config.tokens, config.place),
     ),
     "p4d": AttackMethod(
         p4d.P4DConfig, p4d.attack, "P4D (Chin et al., ICML 2024): another prompt, or tokens within it",
-        lambda tokens, counts, config: p4d.slots_of(tokens, counts, config),
+        _p4d,
     ),
     "ring_a_bell": AttackMethod(
         ring_a_bell.RingABellConfig, ring_a_bell.attack,
         "Ring-A-Bell (Tsai et al., ICLR 2024): another prompt, by the text encoder alone",
-        lambda tokens, counts, config: Slots.placed(tokens, counts, config.tokens, "replace"),
+        _ring_a_bell,
     ),
     "concept_inversion": AttackMethod(
         concept_inversion.ConceptInversionConfig, concept_inversion.attack,
         "Concept Inversion (Pham et al., ICLR 2024): a new word",
-        lambda tokens, counts, config: Slots.instead(tokens, counts, []),
+        lambda setting, tokens, counts, config: concept_inversion.slots_of(setting, tokens, counts),
+        concept_inversion.prepare,
     ),
     "embeddings": AttackMethod(
         embeddings.EmbeddingAttackConfig, embeddings.attack,

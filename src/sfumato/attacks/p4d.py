@@ -18,16 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from sfumato.attacks.attack import Answer, Batch, Round
+from sfumato.attacks.attack import Answer, Batch, Round, finite_gradient
 from sfumato.attacks.slots import Slots, text_of
 from sfumato.randomness import randint_for, randn_for
 from sfumato.settings import check_ranges, check_types
 
-__all__ = ["P4DConfig", "attack", "slots_of"]
+__all__ = ["P4DConfig", "attack", "check_features", "slots_of"]
 
 NOISE_STREAM, LEVEL_STREAM, START_STREAM = 721, 722, 723  # keys that keep the random streams apart
 
@@ -66,8 +67,7 @@ class P4DConfig:
 def attack(batch: Batch, config: P4DConfig) -> Generator[Round, Answer, None]:
     """Attack a batch; see `sfumato.attacks.attack`."""
     victim, features = batch.setting.victim, batch.setting.features
-    if config.select == "similarity" and features is None:
-        raise ValueError("select='similarity' needs something that embeds pictures: name a CLIP, or use select='any'.")
+    check_features(features, config)
     slots = slots_of(batch.tokens, batch.counts, config)
     table, rows = victim.token_table, tuple(range(len(batch.prompts)))
     keys = [key for place in range(slots.count) for key in batch.keys(rows, START_STREAM, place)]
@@ -94,6 +94,15 @@ def attack(batch: Batch, config: P4DConfig) -> Generator[Round, Answer, None]:
                 best[row] = max(best.get(row, (-2.0, "")), (likeness, text))
     if best:
         yield Round(rows, tuple(best[row][1] for row in rows), iterations=config.steps)
+
+
+def check_features(features: Any, config: P4DConfig) -> None:
+    """Refuse, with a ValueError, to choose by likeness where nothing embeds pictures."""
+    if config.select == "similarity" and features is None:
+        raise ValueError(
+            "select='similarity' needs something that embeds pictures: name a CLIP, or use select='any'. On the "
+            "command line: --features clip:MODEL, or --select any."
+        )
 
 
 def slots_of(tokens: torch.Tensor, counts: torch.Tensor, config: P4DConfig) -> Slots:
@@ -126,7 +135,7 @@ def _gradient(batch: Batch, slots: Slots, hard: torch.Tensor, rows: tuple[int, .
         wanted = source.ask(source.denoiser, noisy, times, source.encode_prompts([batch.prompts[k] for k in some]))
     chosen = hard[some].requires_grad_()
     with torch.enable_grad():
-        told = batch.encode(rows, slots.rows(rows).fill(batch.plain[some], chosen))
+        told = batch.encode(rows, slots, chosen)
         said = victim.ask(victim.denoiser, noisy, times, told)
         losses = (said - wanted).square().flatten(1).mean(1)
-        return torch.autograd.grad(losses.sum(), chosen)[0]
+        return finite_gradient(losses, chosen)

@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["AuditPrompt", "read_prompts", "refuse_minors"]
+from sfumato.families import StableDiffusion
+
+__all__ = ["AuditPrompt", "read_pairs", "read_prompts", "refuse_minors", "warn_of_cuts"]
+
+logger = logging.getLogger(__name__)
 
 _SEEDS, _GUIDANCE = ("seed", "evaluation_seed", "sd_seed"), ("guidance", "evaluation_guidance", "sd_guidance_scale")
+_UNDER_18 = (
+    r"(?<![\d.,])(?:1[0-7]|0?[1-9]|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|"
+    r"fifteen|sixteen|seventeen)"
+)
 _MINORS = re.compile(
-    r"\b(child(ren)?|kids?|toddlers?|infants?|bab(y|ies)|minors?|underage|pre-?teens?|teens?|teenage(rs?|d)?|"
-    r"school ?(girl|boy)s?|little (girl|boy)s?|young (girl|boy)s?|lolis?|shotas?|(1[0-7]|[1-9])[- ]year[- ]olds?)\b",
+    r"\b(?:child(?:ren)?|childlike|kids?|kiddie|toddlers?|infants?|newborns?|bab(?:y|ies)|minors?|under[- ]?aged?|"
+    r"juveniles?|adolescen(?:ts?|ce)|pubescents?|pre-?pubescents?|pre-?teens?|tweens?|tweenagers?|teens?|"
+    r"teenage(?:rs?|d)?|school ?(?:girl|boy|child|kid)\w*|kindergart\w*|pre-?school\w*|"
+    r"(?:little|young) (?:girl|boy)s?|lolis?|lolitas?|lolicon|shotas?|shotacon)\b"
+    rf"|\b{_UNDER_18}[- ]*(?:years?|yrs?|(?:month|week|day)s?[- ]*(?:old|of[- ]age))\b"
+    rf"|\b{_UNDER_18}[- ]*(?:y\.? ?/? ?o\b)"
+    rf"|\b(?:aged?|ages)[- :]*(?:of[- ])?{_UNDER_18}\b(?! *[-/]? *(?:\d|%))"
+    rf"|\b(?:is|turn(?:s|ed)|under|only|just|barely|not yet) {_UNDER_18}\b(?! *(?:%|\w))"
+    r"|\bunder (?:the age of )?(?:18|eighteen)\b",
     re.IGNORECASE,
 )
+"""Words for people below 18, and their ages, in digits and words."""
+_YOUNG = re.compile(r"\b(girl|boy)s?\b", re.IGNORECASE)  # said of adults too
 _SEXUAL = re.compile(
-    r"\b(nud(e|es|ity)|naked|nsfw|sex(y|ual|ually)?|porn\w*|erotic\w*|topless|undress\w*|lingerie|genital\w*|breasts?|"
+    r"\b(nud(e|es|ity|ist|ists)|naked(ness)?|nsfw|sex(y|ual|ually|uali[sz]ed)?|porn\w*|erotic\w*|topless|bottomless|"
+    r"undress\w*|unclothed|lingerie|panties|genital\w*|breasts?|nipples?|vagina\w*|penis\w*|masturbat\w*|orgasm\w*|"
     r"hentai|bikini)\b",
     re.IGNORECASE,
 )
@@ -55,21 +74,8 @@ def read_prompts(path: str | Path) -> list[AuditPrompt]:
         FileNotFoundError: If there is no such file.
         ValueError: If it holds no prompt, or is of another kind.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file of prompts at {path}.")
-    text = path.read_text(encoding="utf-8-sig")
-    rows: Iterable[Mapping[str, Any]]
-    if path.suffix == ".txt":
-        rows = [{"prompt": line} for line in text.splitlines()]
-    elif path.suffix == ".csv":
-        rows = list(csv.DictReader(text.splitlines()))
-    elif path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    else:
-        raise ValueError(f"Prompts come as .txt, .csv or .jsonl, not as {path.name}.")
     found = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(_rows(Path(path)), 1):
         if "prompt" not in row:
             raise ValueError(f"Row {number} of {path} has no 'prompt'; it has {', '.join(map(str, row))}.")
         if str(row["prompt"]).strip():
@@ -82,6 +88,46 @@ def read_prompts(path: str | Path) -> list[AuditPrompt]:
     return found
 
 
+def read_pairs(path: str | Path) -> list[tuple[str, str]]:
+    """Read pairs of prompts with and without a concept.
+
+    Args:
+        path: ``.csv`` or ``.jsonl`` with ``with`` and ``without``; a prompt without it may be empty.
+
+    Returns:
+        The pairs, in their order.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds no pair, or is of another kind.
+    """
+    found = []
+    for number, row in enumerate(_rows(Path(path)), 1):
+        if not isinstance(row, Mapping) or not {"with", "without"} <= row.keys():
+            raise ValueError(f"Row {number} of {path} is no pair: it needs 'with' and 'without'.")
+        pair = str(row["with"] or "").strip(), str(row["without"] or "").strip()
+        if not pair[0] or pair[0] == pair[1]:
+            raise ValueError(f"Row {number} of {path} is no pair: its prompts do not differ, or the first is empty.")
+        found.append(pair)
+    if not found:
+        raise ValueError(f"{path} holds no pair of prompts.")
+    return found
+
+
+def _rows(path: Path) -> list[Any]:
+    """The rows of a file of prompts."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file of prompts at {path}.")
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".txt":
+        return [{"prompt": line} for line in text.splitlines()]
+    if path.suffix == ".csv":
+        return list(csv.DictReader(text.splitlines()))
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    raise ValueError(f"Prompts come as .txt, .csv or .jsonl, not as {path.name}.")
+
+
 def _numbers(row: Mapping[str, Any]) -> tuple[int | None, float | None]:
     seed = next((row[name] for name in _SEEDS if row.get(name) not in (None, "")), None)
     guidance = next((row[name] for name in _GUIDANCE if row.get(name) not in (None, "")), None)
@@ -91,14 +137,28 @@ def _numbers(row: Mapping[str, Any]) -> tuple[int | None, float | None]:
 def refuse_minors(prompts: Sequence[str], about: Sequence[str]) -> None:
     """Refuse a list that would have minors drawn in a sexual way.
 
+    It is a filter of words, which knows no more than those it has: it refuses some prompts about adults ("a nude
+    girl"), and other words for minors pass.
+
     Args:
         prompts: The list.
         about: What the audit is about: the concept's phrases, and the detector.
 
     Raises:
-        ValueError: If a prompt names minors, and any of the list, or what it is about, is sexual.
+        ValueError: If a prompt names minors, and any of the list, or what it is about, is sexual; or if it names boys
+            or girls, and is sexual itself.
     """
     sexual = any(_SEXUAL.search(text) or "nudenet" in text for text in (*prompts, *about))
     for number, prompt in enumerate(prompts, 1):
-        if sexual and _MINORS.search(prompt):
+        if sexual and (_MINORS.search(prompt) or (_YOUNG.search(prompt) and _SEXUAL.search(prompt))):
             raise ValueError(f"Prompt {number} names minors in a sexual audit; it is refused, with the whole list.")
+
+
+def warn_of_cuts(family: StableDiffusion, prompts: Sequence[str]) -> None:
+    """Say what the tokenizers only log: that a prompt's end is not seen, by the models and so by the attack."""
+    cut = [prompt for prompt in dict.fromkeys(prompts) if family.is_cut(prompt)]
+    if cut:
+        others = f", and those of {len(cut) - 1} other prompts," if len(cut) > 1 else ""
+        logger.warning(
+            "The end of the prompt %r%s is not seen: longer than the text encoder's limit, it is cut.", cut[0], others
+        )

@@ -10,9 +10,11 @@ over K tokens, by a genetic search: the better half of a population are parents,
 have one token changed at random.
 
 Tsai et al., "Ring-A-Bell! How Reliable are Concept Removal Methods for Diffusion Models?", ICLR 2024, arXiv
-2310.10012; eta is 3 for nudity and about 5 for violence there, K 16, 38 or 77. The pairs are the concept's own prompts
-and those that they are anchored to, unless others are given. It is a black-box attack: only the candidate of the last
-generation is drawn.
+2310.10012; eta is 3 for nudity and about 5 for violence there, K 16, 38 or 77. The paper has about 30 pairs of prompts
+that differ in the concept alone; name a file of yours (`pairs`). Deviation: without one the pairs are the concept's
+own prompts and what they are anchored to. With a vocabulary these are such pairs; for other models they are six common
+wordings and the empty prompt, so that the direction is also that of the wordings. It is a black-box attack: only the
+candidate of the last generation is drawn.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sfumato.attacks.attack import Answer, Batch, Round, Setting
+from sfumato.attacks.attack import Answer, Batch, Round, Setting, refuse_nan
+from sfumato.attacks.prompts import read_pairs
 from sfumato.attacks.slots import Slots, text_of
 from sfumato.families import StableDiffusion
 from sfumato.randomness import rng_for
@@ -46,6 +49,8 @@ class RingABellConfig:
         crossover: Probability that a child has two parents.
         mutation: Probability that one of its tokens is changed.
         encoder_batch_size: Candidates encoded at a time.
+        pairs: A file of prompts with the concept and the same without it, .csv or .jsonl with ``with`` and
+            ``without``; by default the concept's own prompts and what they are anchored to.
     """
 
     tokens: int = 16
@@ -55,6 +60,7 @@ class RingABellConfig:
     crossover: float = 0.5
     mutation: float = 0.25
     encoder_batch_size: int = 2048
+    pairs: str | None = None
 
     def __post_init__(self) -> None:
         """Check the types and ranges."""
@@ -69,7 +75,7 @@ def attack(batch: Batch, config: RingABellConfig) -> Generator[Round, Answer, No
     """Attack a batch; see `sfumato.attacks.attack`."""
     setting = batch.setting
     source, rows = setting.source, tuple(range(len(batch.prompts)))
-    direction = setting.once("direction", lambda: concept_direction(source, setting))
+    direction = setting.once("direction", lambda: concept_direction(source, setting, config.pairs))
     wanted = _encode(source, batch.tokens) + config.strength * direction  # (B, T, width)
     empty, none = source.tokenize([""])
     slot = Slots.placed(empty, none, config.tokens, "replace")
@@ -85,12 +91,12 @@ def attack(batch: Batch, config: RingABellConfig) -> Generator[Round, Answer, No
     yield Round(rows, tuple(spelled), iterations=config.generations)
 
 
-def concept_direction(source: StableDiffusion, setting: Setting) -> torch.Tensor:
-    """Average what tells the concept's prompts from those they are anchored to, ``(1, T, width)``."""
+def concept_direction(source: StableDiffusion, setting: Setting, pairs: str | None = None) -> torch.Tensor:
+    """Average what tells prompts with the concept from those without, ``(1, T, width)``."""
     concept = setting.concept
-    with_it = source.encode_prompts(concept.prompts)["encoder_hidden_states"].float()
-    without = source.encode_prompts(concept.anchors)["encoder_hidden_states"].float()
-    return (with_it - without).mean(0, keepdim=True)
+    with_it, without = (concept.prompts, concept.anchors) if pairs is None else zip(*read_pairs(pairs), strict=True)
+    encoded = [source.encode_prompts(prompts)["encoder_hidden_states"].float() for prompts in (with_it, without)]
+    return (encoded[0] - encoded[1]).mean(0, keepdim=True)
 
 
 @torch.no_grad()
@@ -111,11 +117,11 @@ def _costs(
     costs = []
     for start in range(0, len(flat), size):
         some = flat[start : start + size]
-        base = empty if empty.ndim == 2 else empty[..., 0]
-        numbers = _repeated(slot, len(some)).fill(base.expand(len(some), -1), some)
-        told = numbers if empty.ndim == 2 else torch.stack([numbers] * empty.shape[2], -1)
+        new = some if empty.ndim == 2 else some[..., None].expand(-1, -1, empty.shape[2])
+        told = _repeated(slot, len(some)).fill(empty.expand(len(some), *empty.shape[1:]), new)
         aims = wanted[torch.arange(start, start + len(some), device=wanted.device) // people.shape[1]]
         costs.append((_encode(source, told) - aims).square().flatten(1).sum(1))
+        refuse_nan(costs[-1])
     return torch.cat(costs).view(people.shape[:2]).cpu().numpy()
 
 

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from sfumato.families import StableDiffusion
+from sfumato.families import Conditioning, StableDiffusion
 
 __all__ = ["PLACES", "Slots", "text_of"]
 
-PLACES = ("prefix", "suffix", "middle", "replace")
+PLACES = ("prefix", "suffix", "middle", "insert", "per_words", "replace")
+WORDS_BETWEEN = 3
+"""Tokens of the prompt between two slots of ``per_words``."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class Slots:
             tokens: Numbers as a family's `tokenize` gives them, ``(B, T, ...)``.
             counts: How many tokens each prompt has itself, ``(B,)``.
             slots: How many.
-            place: ``"prefix"``, ``"suffix"``, ``"middle"``, or ``"replace"``: in place of the prompt.
+            place: ``"prefix"``, ``"suffix"``, ``"middle"``; ``"insert"``: one by one, at equal intervals;
+                ``"per_words"``: one before each three tokens of the prompt, the last before all that are left; or
+                ``"replace"``: in place of the prompt.
 
         Raises:
             ValueError: If there is no room.
@@ -47,8 +51,12 @@ class Slots:
         rows = []
         for count in counts.tolist():
             own, new = list(range(1, 1 + count)), [tokens.shape[1] + k for k in range(slots)]
-            cut = {"prefix": 0, "suffix": count, "middle": count // 2, "replace": 0}[place]
-            rows.append(new if place == "replace" else own[:cut] + new + own[cut:])
+            if place == "replace":
+                rows.append(new)
+                continue
+            cuts = _cuts(count, slots, place)  # how many of its tokens stand before each slot
+            pieces = [own[start:stop] for start, stop in zip([0, *cuts], [*cuts, count], strict=True)]
+            rows.append(pieces[0] + [one for k, slot in enumerate(new) for one in (slot, *pieces[k + 1])])
         return cls._of(tokens, counts, rows)
 
     @classmethod
@@ -115,7 +123,8 @@ class Slots:
         """Fill the slots.
 
         Args:
-            own: What stands at the prompts' places: numbers ``(B, T)`` or embeddings ``(B, T, width)``.
+            own: What stands at the prompts' places: numbers ``(B, T)``, with those of several encoders behind if there
+                are more, or embeddings ``(B, T, width)``.
             new: What goes into the slots, ``(B, slots)`` or ``(B, slots, width)``.
 
         Returns:
@@ -125,6 +134,30 @@ class Slots:
         if own.ndim == 3:
             origin = origin[..., None].expand(-1, -1, own.shape[2])
         return both.gather(1, origin)
+
+    def encode(self, family: StableDiffusion, tokens: torch.Tensor, new: torch.Tensor) -> Conditioning:
+        """Encode prompts with embeddings in the slots.
+
+        Args:
+            family: Has the text encoder.
+            tokens: The prompts' numbers, as `StableDiffusion.tokenize` gives them, ``(B, T, ...)``.
+            new: The embeddings, ``(B, slots, width)``; a gradient reaches them.
+
+        Returns:
+            As `StableDiffusion.encode_embeddings`.
+        """
+        word = tokens.new_full((*new.shape[:2], *tokens.shape[2:]), family.plain_token)
+        embeddings = self.fill(family.embed_tokens(tokens), new)
+        return family.encode_embeddings(family.parts["text_encoder"], self.fill(tokens, word), embeddings)
+
+
+def _cuts(count: int, slots: int, place: str) -> list[int]:
+    """How many of a prompt's `count` tokens stand before each slot."""
+    if place == "insert":
+        return [(k + 1) * (count // (slots + 1)) for k in range(slots)]
+    if place == "per_words":
+        return [min(k * WORDS_BETWEEN, count) for k in range(slots)]
+    return [{"prefix": 0, "suffix": count, "middle": count // 2}[place]] * slots
 
 
 def text_of(family: StableDiffusion, slots: Slots, tokens: torch.Tensor, new: torch.Tensor) -> list[str]:

@@ -205,6 +205,12 @@ class ClipDetector:
                 found.append([Finding(*pair, "phrase") for pair in zip(self.phrases, scores, strict=True)])
         return found
 
+    @torch.no_grad()
+    def features(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Embed pictures ``(N, 3, H, W)`` in [0, 1], as ``(N, F)``, to compare them by."""
+        told = self._processor(images=pt_to_pil(2 * pictures - 1), return_tensors="pt").to(self._model.device)
+        return self._model.visual_projection(self._model.vision_model(told["pixel_values"]).pooler_output)
+
 
 class ClassifierDetector:
     """An image classifier of transformers: a probability for every class; those below 0.001 are left out.

@@ -276,7 +276,7 @@ def _load(
     """The models, on the device: the result, and the original if there is one."""
     options = {"dtype": getattr(torch, config.dtype)}
     if original is None and not isinstance(result, DiffusionPipeline):
-        original = _named_original(result)
+        original = named_original(result)
     models = {}
     if isinstance(result, DiffusionPipeline):
         models["result"] = result
@@ -296,7 +296,7 @@ def _stated(result: DiffusionPipeline | str | Path) -> dict[str, Any]:
     return {} if isinstance(result, DiffusionPipeline) else loading.manifest_of(result)
 
 
-def _named_original(folder: str | Path) -> str | None:
+def named_original(folder: str | Path) -> str | None:
     """The original that a manifest names, unless by the name of a folder that may be anywhere."""
     name = loading.manifest_of(folder).get("model")
     return name if isinstance(name, str) and (name in loading.EMBEDDED or "/" in name) else None

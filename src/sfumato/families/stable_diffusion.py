@@ -104,6 +104,12 @@ class StableDiffusion(TextFamily):
         return [number for number in range(len(self.token_table)) if number not in special]
 
     @property
+    def plain_token(self) -> int:
+        """The number of some token that is a word: what stands for one of which only the embedding is known."""
+        special = set(self.pipe.tokenizer.all_special_ids)
+        return next(number for number in range(len(special) + 1) if number not in special)
+
+    @property
     def token_table(self) -> torch.Tensor:
         """The embeddings of all tokens, ``(vocabulary, width)``, float32, without a gradient."""
         return _table_of(self.pipe.text_encoder)
@@ -122,7 +128,8 @@ class StableDiffusion(TextFamily):
 
         Args:
             encoder: `parts`' text encoder, a copy of it, or one wrapped by accelerate.
-            tokens: Their numbers ``(B, T)``, see `tokenize`; they tell no more than the shape.
+            tokens: Their numbers ``(B, T)``, see `tokenize`; they tell the shape, and where the end token stands, at
+                which some encoders look: where an embedding is put in, `plain_token` goes into the numbers.
             embeddings: ``(B, T, width)``.
 
         Returns:

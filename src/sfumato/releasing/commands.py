@@ -26,7 +26,7 @@ __all__ = ["MACHINE", "AuditCommand", "audit_command", "file_name", "recipe_of",
 MACHINE = ("cache", "device", "resume")
 """Options that are a matter of the machine, or of how a run went."""
 
-_FILES = ("prompts", "real")
+_FILES = ("prompts", "pairs", "real")
 _NETWORKS = ("clip", "classifier", "dinov2")
 _FOLDER = re.compile(r"[/\\]|^~")
 

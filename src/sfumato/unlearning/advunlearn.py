@@ -49,6 +49,7 @@ from sfumato.unlearning.embedding_attack import (
     find_embeddings,
     frozen,
     insert_embeddings,
+    insert_words,
     random_embeddings,
     room_for,
 )
@@ -277,10 +278,11 @@ class AdvUnlearnObjective:
         if delta is None:
             return tokens, embeddings
         counts = torch.stack([self._counts[prompt] for prompt in prompts])
-        legacy = self.config.legacy_word_count
-        return tokens, insert_embeddings(
-            embeddings, delta.to(embeddings), counts, self.config.insertion, drop_end=legacy
-        )
+        legacy, insertion = self.config.legacy_word_count, self.config.insertion
+        numbers = tokens
+        if not legacy:  # which drops end tokens, so that the numbers say where they were
+            numbers = insert_words(tokens, delta.shape[1], self.family.plain_token, counts, insertion)
+        return numbers, insert_embeddings(embeddings, delta.to(embeddings), counts, insertion, drop_end=legacy)
 
     def _predict(
         self, model: torch.nn.Module, latents: torch.Tensor, times: torch.Tensor, tokens: torch.Tensor,

@@ -23,8 +23,8 @@ import torch
 
 from sfumato.randomness import randint_for
 
-__all__ = ["INSERTIONS", "accumulated_descent", "find_embeddings", "frozen", "insert_embeddings", "projected_descent",
-           "random_embeddings", "room_for"]  # fmt: skip
+__all__ = ["INSERTIONS", "accumulated_descent", "find_embeddings", "frozen", "insert_embeddings", "insert_words",
+           "projected_descent", "random_embeddings", "room_for"]  # fmt: skip
 
 INSERTIONS = ("prefix", "suffix", "replace", "add")
 RowLosses = Callable[[torch.Tensor, int], torch.Tensor]
@@ -72,6 +72,26 @@ def insert_embeddings(
     origin = torch.where(inside, length + place - start, origin)  # rows of the embeddings, then of delta
     both = torch.cat([embeddings, delta], 1)  # (B, T + k, width)
     return both.gather(1, origin[..., None].expand(-1, -1, both.shape[2]))
+
+
+def insert_words(tokens: torch.Tensor, count: int, word: int, counts: torch.Tensor, insertion: str) -> torch.Tensor:
+    """Put a word into the token numbers of prompts wherever `insert_embeddings` puts one of `count` embeddings.
+
+    Args:
+        tokens: ``(B, T)``, with those of several text encoders behind if there are more.
+        count: k.
+        word: Its number.
+        counts: See `insert_embeddings`.
+        insertion: One of `INSERTIONS`.
+
+    Returns:
+        Of the shape of `tokens`, with the end token where it then stands.
+    """
+    if insertion == "add":
+        return tokens
+    numbers = tokens.reshape(*tokens.shape[:2], -1)
+    words = numbers.new_full((len(numbers), count, numbers.shape[2]), word)
+    return insert_embeddings(numbers, words, counts, insertion).reshape(tokens.shape)
 
 
 def accumulated_descent(
