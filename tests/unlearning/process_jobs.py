@@ -25,7 +25,7 @@ RUNS = {
     "salun-decay": ("salun", {"optimizer": "adamw", "weight_decay": 0.5, "max_grad_norm": 1e-3}),
     "salun-resumed": ("salun", {}),
     "salun-zero-mask": ("salun", {"mask_ratio": 0.0, "optimizer": "adamw", "weight_decay": 0.5}),
-    "esd": ("esd", {"log_with": "tensorboard"}),
+    "esd": ("esd", {"log_with": "tensorboard", "steps": 20}),
     "esd-sgd": ("esd", {"optimizer": "sgd", "learning_rate": 1e-2}),
     "esd-trained": ("esd", {"trajectories": "trained", "refresh_every": 2}),
     "advunlearn": ("advunlearn", {}),
