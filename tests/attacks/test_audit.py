@@ -168,7 +168,7 @@ def test_a_run_is_gone_on_with_only_as_it_was_begun(atelier, unlearned, scripted
     assert found["drawn"]["device"] == "cpu" and found["drawn"]["dtype"] == "float32"
     assert found["drawn"]["features"].endswith("likeness") and found["versions"]["torch"] == torch.__version__
     stated = found["drawn"]["schedulers"]["unlearned"]
-    assert stated["class"] == type(unlearned.scheduler).__name__
+    assert stated["scheduler"] == type(unlearned.scheduler).__name__
     assert stated["config"]["timestep_spacing"] == unlearned.scheduler.config.timestep_spacing
 
 

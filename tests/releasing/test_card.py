@@ -113,7 +113,7 @@ def test_what_is_no_command_of_an_audit_is_not_in_the_card(run, tmp_path, findin
 def test_every_option_of_an_audit_that_is_text_is_known_to_be_a_path_or_none():
     free = {"model", "forget", "output", "original", "neighbours", "retain", "dtype", "place", "insertion", "variant"}
     free |= {"select", "start", "attack"}  # choices and words
-    handled = {"cache", "device", "prompts", "real", "detector", "features", "clip"}
+    handled = {"cache", "device", "pairs", "prompts", "real", "detector", "features", "clip"}
     jobs = [EvaluationJob, EvaluationConfig, AttackJob, AuditConfig, *(attack.config for attack in ATTACKS.values())]
     texts = {field.name for job in jobs for field in dataclasses.fields(job) if "str" in str(field.type)}
     assert handled <= texts <= handled | free

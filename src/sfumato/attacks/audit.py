@@ -33,6 +33,7 @@ from sfumato.attacks.results import RESULT_FILE, ROWS_FILE, Audit, shares_of
 from sfumato.concepts import Concept, resolve, vocabulary_of
 from sfumato.evaluation.detectors import ClipDetector, Detector, Finding, Rule, detector_for
 from sfumato.evaluation.features import find_features
+from sfumato.evaluation.fingerprints import scheduler_facts
 from sfumato.evaluation.pictures import model_fingerprint
 from sfumato.families import StableDiffusion, family_of
 from sfumato.progress import Track
@@ -148,7 +149,7 @@ def attack(
     warn_of_cuts(victim, [one.text for one in asked])
     alike, features_name = _features_of(eye, features, victim.device)
     folder = None if output_dir is None else Path(output_dir)
-    drawn = _drawn(victim, source, features_name)
+    drawn = _drawn(unlearned, original, features_name)
     fingerprints = {"unlearned": model_fingerprint(unlearned), "original": model_fingerprint(original)}
     setting = Setting(
         victim, source, concept, audit.seed, audit.num_inference_steps or 1, audit.guidance_scale or 1.0, alike,
@@ -225,15 +226,12 @@ def _features_of(eye: Detector, features: Any, device: torch.device) -> tuple[An
     return None, None
 
 
-def _drawn(victim: StableDiffusion, source: StableDiffusion, features: str | None) -> dict[str, Any]:
+def _drawn(unlearned: DiffusionPipeline, original: DiffusionPipeline, features: str | None) -> dict[str, Any]:
     """What pictures depend on besides the models and the settings."""
-    schedulers = {}
-    for name, family in (("unlearned", victim), ("original", source)):
-        config = {key: value for key, value in family.pipe.scheduler.config.items() if not key.startswith("_")}
-        schedulers[name] = {"class": type(family.pipe.scheduler).__name__, "config": config}
+    victim = family_of(unlearned)
     return {
-        "schedulers": schedulers, "features": features, "device": victim.device.type,
-        "dtype": str(victim.dtype).removeprefix("torch."),
+        "schedulers": {"unlearned": scheduler_facts(unlearned), "original": scheduler_facts(original)},
+        "features": features, "device": victim.device.type, "dtype": str(victim.dtype).removeprefix("torch."),
     }  # fmt: skip
 
 
