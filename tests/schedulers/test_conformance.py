@@ -1,6 +1,8 @@
 """The contract with diffusers that every scheduler keeps, and the round trips of those that can be undone.
 
 A new scheduler is one line in `CASES`; what it promises beyond the least is said by the fields of [`Case`].
+`ResShiftScheduler` has none: its models have no betas and start from a degraded picture, so that no stock scheduler or
+pipeline is there to compare it with. What of this contract holds for it is in its own file.
 """
 
 import ast
