@@ -63,14 +63,14 @@ class CarriedStateMixin:
     def _enter(self, timestep: Any, sweep: str = "", follows: str | None = None) -> tuple[int, int]:
         """The time of a step and the next one, -1 after the last.
 
-        A run begins here, and takes the sample as it is, unless the last step led to this time in the same `sweep`, or
-        ended a sweep that this one `follows`.
+        A run begins here, and takes the sample as it is, unless the last step led to this time, or ended a sweep that
+        this one `follows`.
         """
         if self.num_inference_steps is None:
             raise ValueError("Call `set_timesteps` before `step`: the times of the run are not known yet.")
         time, index = self._locate(timestep)
-        goes_on = index == self.step_index and sweep == self._sweep
-        if not goes_on and not (self._sweep == follows and self.step_index == len(self._times)):
+        followed = self._sweep == follows and self.step_index == len(self._times)
+        if index != self.step_index and not followed:
             self._forget()
         self.step_index, self._sweep = index + 1, sweep
         return time, self._times[index + 1] if index + 1 < len(self._times) else -1

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import diffusers
@@ -591,7 +592,20 @@ def test_a_run_needs_no_value_of_any_tensor():
     assert scheduler.add_noise(y, y, times, y).device.type == scheduler.loss_weights(times).device.type == "meta"
 
 
-def test_a_repository_that_ships_the_file_loads_it_as_remote_code(tmp_path, monkeypatch):
+@pytest.fixture
+def no_remote_code():
+    """Forget the folder of remote code that an earlier test used, and the one that this test uses."""
+
+    def forget():
+        for name in [name for name in sys.modules if name.startswith("diffusers_modules")]:
+            del sys.modules[name]
+
+    forget()
+    yield
+    forget()
+
+
+def test_a_repository_that_ships_the_file_loads_it_as_remote_code(no_remote_code, tmp_path, monkeypatch):
     pixel = diffusers.UNet2DModel(
         sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
         layers_per_block=1, norm_num_groups=4,
