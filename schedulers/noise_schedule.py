@@ -109,7 +109,10 @@ def stock_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # what tells a config of ours, since one that was never saved does not hold its class's name
-_OURS = ("gamma", "mixing_coeff", "num_iterations", "window", "original_inference_steps", "exact", "eta", "released")
+_OURS = (
+    "gamma", "mixing_coeff", "num_iterations", "window", "original_inference_steps", "exact", "eta", "released",
+    "alpha_schedule",
+)  # fmt: skip
 
 
 @cache
@@ -151,12 +154,17 @@ def noise_schedule(config: Any) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(betas), torch.from_numpy(alphas_cumprod)
 
 
-def spaced_times(config: Any, steps: int) -> list[int]:
-    """Times of a run of `steps` steps, falling, spaced as stock schedulers do it."""
-    count = config.num_train_timesteps
+def require_steps(steps: int, count: int) -> None:
+    """Raise a ValueError unless a run of so many steps fits a training schedule of `count`."""
     if not isinstance(steps, Integral) or not 1 <= steps <= count:
         limit = f"[1, {count}] (`num_train_timesteps`)"
         raise ValueError(f"`num_inference_steps` must be a whole number in {limit}, got {steps!r}.")
+
+
+def spaced_times(config: Any, steps: int) -> list[int]:
+    """Times of a run of `steps` steps, falling, spaced as stock schedulers do it."""
+    count = config.num_train_timesteps
+    require_steps(steps, count)
     if config.timestep_spacing == "leading":
         times = np.arange(steps) * (count // steps) + config.steps_offset
     elif config.timestep_spacing == "linspace":

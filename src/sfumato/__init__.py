@@ -19,6 +19,8 @@ _HOMES = {
     "FixedPointScheduler": "sfumato.schedulers.scheduling_fixed_point",
     "InfEditPipeline": "sfumato.pipelines.pipeline_infedit",
     "Judge": "sfumato.evaluation.judge",
+    "RDDMScheduler": "sfumato.schedulers.scheduling_rddm",
+    "ResShiftScheduler": "sfumato.schedulers.scheduling_resshift",
     "TimeShiftScheduler": "sfumato.schedulers.scheduling_time_shift",
     "edit": "sfumato.inversion",
     "attack": "sfumato.attacks.audit",
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
     from sfumato.schedulers.scheduling_edict import EDICTScheduler as EDICTScheduler
     from sfumato.schedulers.scheduling_edit_friendly_ddpm import EditFriendlyDDPMScheduler as EditFriendlyDDPMScheduler
     from sfumato.schedulers.scheduling_fixed_point import FixedPointScheduler as FixedPointScheduler
+    from sfumato.schedulers.scheduling_rddm import RDDMScheduler as RDDMScheduler
+    from sfumato.schedulers.scheduling_resshift import ResShiftScheduler as ResShiftScheduler
     from sfumato.schedulers.scheduling_time_shift import TimeShiftScheduler as TimeShiftScheduler
     from sfumato.tuning import tune_time_shift as tune_time_shift
     from sfumato.unlearning.core import rehearse as rehearse
