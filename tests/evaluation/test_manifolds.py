@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sfumato.evaluation.manifolds import authenticity, compare_manifolds, copying_statistic
+from sfumato.evaluation.manifolds import authenticity, compare_manifolds
 
 
 def line(*places):
@@ -61,17 +61,3 @@ def test_copies_are_not_authentic_and_new_samples_mostly_are():
     training = normal(300, 0)
     assert authenticity(training[:100] + 1e-3, training).value == 0
     assert authenticity(normal(300, 1), training).value > 0.4
-
-
-def test_copying_statistic_is_that_of_a_hand_calculation():
-    # Distances to the training sample 0: 1, 2 against 3, 4: no pair is above; (0 - 2) / sqrt(2 * 2 * 5 / 12).
-    assert copying_statistic(line(1, 2), line(3, 4), line(0, -9)) == pytest.approx(-2 / (20 / 12) ** 0.5)
-    assert copying_statistic(line(3, 4), line(1, 2), line(0, -9)) == pytest.approx(2 / (20 / 12) ** 0.5)
-    assert copying_statistic(line(1, 2), line(1, 2), line(0, -9)) == pytest.approx(0)
-
-
-def test_copying_statistic_tells_copies_from_new_samples():
-    training = normal(300, 0)
-    assert copying_statistic(training[:100] + 0.05, normal(200, 1), training) < -3
-    assert abs(copying_statistic(normal(200, 2), normal(200, 1), training)) < 3
-    assert copying_statistic(3 * normal(200, 2), normal(200, 1), training) > 3

@@ -34,8 +34,8 @@ class AttackJob:
         original: The model before; by default the one that the result's manifest names, unless that is a bare name,
             which could be any folder's.
         prompts: A file of prompts, .txt, .csv or .jsonl; by default the concept's own.
-        detector: What tells the concept: clip, clip:MODEL, classifier:MODEL, nudenet or MODULE:FUNCTION; by default
-            the model's judge if it has one, else clip.
+        detector: What tells the concept: clip, clip:MODEL, classifier:MODEL, nudenet, nudenet:CLASS,CLASS or
+            MODULE:FUNCTION; by default the model's judge if it has one, else clip.
         threshold: Least score of a finding; the detector's own by default.
         top: Highest rank of a finding; the detector's own by default.
         features: What likeness of pictures is measured in, for p4d: clip:MODEL, dinov2:MODEL or MODULE:FUNCTION; by

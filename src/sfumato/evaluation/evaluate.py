@@ -44,8 +44,8 @@ class EvaluationConfig:
 
     Attributes:
         cache: A folder of pictures that evaluations share; the output's own by default.
-        detector: What tells the concept: clip, clip:MODEL, classifier:MODEL, nudenet or MODULE:FUNCTION; by default
-            the model's judge if it has one, else clip.
+        detector: What tells the concept: clip, clip:MODEL, classifier:MODEL, nudenet, nudenet:CLASS,CLASS or
+            MODULE:FUNCTION; by default the model's judge if it has one, else clip.
         threshold: Least score of a finding; the detector's own by default.
         top: Highest rank of a finding; the detector's own by default.
         features: In what distances are measured: judge, clip:MODEL, dinov2:MODEL, inception, MODULE:FUNCTION or none;

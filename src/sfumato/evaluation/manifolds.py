@@ -11,8 +11,6 @@ Each sample of a set has a ball, as far as its k-th nearest neighbour in the set
   it is farther from the nearest training sample than this is from its own nearest neighbour. Stein et al., "Exposing
   flaws of generative model evaluation metrics and their unfair treatment of diffusion models", NeurIPS 2023, arXiv
   2306.04675, call the share AuthPct and find that it tells memorisation best where samples are near-copies.
-* Meehan et al., "A Non-Parametric Test to Detect Data-Copying in Generative Models", AISTATS 2020, arXiv 2004.05675:
-  :math:`C_T` compares how far generated and held-out samples are from the training samples.
 
 Intervals are over the samples that a share is a share of; the balls are taken as they are.
 """
@@ -25,7 +23,7 @@ import torch
 
 from sfumato.evaluation.metrics import Estimate, Proportion, bootstrap, check_features, wilson
 
-__all__ = ["Manifolds", "authenticity", "compare_manifolds", "copying_statistic"]
+__all__ = ["Manifolds", "authenticity", "compare_manifolds"]
 
 
 @dataclass(frozen=True)
@@ -100,32 +98,6 @@ def authenticity(generated: torch.Tensor, training: torch.Tensor) -> Proportion:
     generated, training = (features.detach().to("cpu", torch.float64) for features in (generated, training))
     nearest, which = _distances(generated, training).min(1)
     return _share(nearest > _radii(training, 1)[which])
-
-
-def copying_statistic(generated: torch.Tensor, held_out: torch.Tensor, training: torch.Tensor) -> float:
-    r"""Measure :math:`C_T` with a single cell: a standardised Mann-Whitney statistic.
-
-    Args:
-        generated: Features ``(N, F)``.
-        held_out: Features ``(M, F)`` of real pictures that were not trained on.
-        training: Features ``(T, F)`` of those that were.
-
-    Returns:
-        In standard deviations, with ties counted as halves: below about -3 the generated samples are closer to the
-        training samples than held-out ones are, which is copying; above 3 they are farther, which is underfitting.
-
-    Raises:
-        ValueError: If a set has fewer than two samples, the shapes don't fit, or a value is not finite.
-    """
-    check_features(generated, training)
-    check_features(held_out, training)
-    sets = (features.detach().to("cpu", torch.float64) for features in (generated, held_out, training))
-    generated, held_out, training = sets
-    ours, theirs = (_distances(features, training).min(1).values for features in (generated, held_out))
-    n, m = len(ours), len(theirs)
-    difference = ours[:, None] - theirs
-    above = (difference > 0).sum() + 0.5 * (difference == 0).sum()
-    return float((above - n * m / 2) / (n * m * (n + m + 1) / 12) ** 0.5)
 
 
 def _distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
