@@ -16,6 +16,7 @@ from sfumato.evaluation.pictures import Request, draw_pictures
 from sfumato.evaluation.scores import Sighting, read_sightings, tally
 from sfumato.evaluation.sheet import vocabulary_sheet
 from sfumato.evaluation.unlearning import Protocol, score
+from sfumato.memory import peak_memory_mb
 
 FAST = {"forget_repeats": 1, "num_inference_steps": 3, "resamples": 5, "device": "cpu"}
 
@@ -85,6 +86,15 @@ def test_what_is_written_is_what_is_given(finished):
     assert evaluation.models["result"]["release_bytes"] > 1e6 and evaluation.costs["peak_memory_mb"] > 100
     assert evaluation.detector["detector"] == "judge" and evaluation.settings["seed"] == 0
     assert set(evaluation.versions) >= {"sfumato", "torch", "diffusers"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep the peak of the whole process")
+def test_memory_is_that_of_the_evaluation_and_not_of_what_ran_before(finished, made):
+    held = torch.ones(2_000_000_000, dtype=torch.uint8)
+    before = peak_memory_mb(held.device)
+    del held
+    again = evaluate(made / "full", "atelier", forget="sneaker", cache=made / "cache", **FAST)
+    assert again.costs["peak_memory_mb"] < before - 500
 
 
 def test_a_rule_can_be_moved_without_drawing(finished):

@@ -26,7 +26,7 @@ from sfumato.evaluation.pictures import draw_pictures
 from sfumato.evaluation.scores import FINDINGS_FILE, Sighting, read_sightings, tally, write_sightings
 from sfumato.evaluation.sheet import free_sheet, vocabulary_sheet
 from sfumato.families import family_of
-from sfumato.memory import peak_memory_mb
+from sfumato.memory import peak_memory_mb, reset_peak_memory
 from sfumato.settings import check_seed, check_types
 from sfumato.trainer import process_group
 
@@ -231,6 +231,8 @@ def _evaluate(
 ) -> tuple[Evaluation, list[Sighting]]:  # fmt: skip
     began, seconds = time.perf_counter(), {}
     models = _load(result, original, config, group)
+    device = family_of(models["result"]).device
+    reset_peak_memory(device)
     reference = models.get("original", models["result"])
     vocabulary = concepts.vocabulary_of(reference)
     concept = concepts.resolve(reference, forget, retain=config.retain)
@@ -255,7 +257,6 @@ def _evaluate(
     started = time.perf_counter()
     distances = comparison.compare(compared, pictures, sheet, config)
     seconds |= {"distances": time.perf_counter() - started, "total": time.perf_counter() - began}
-    device = family_of(models["result"]).device
     return Evaluation(
         concept={"name": concept.name, "phrases": list(concept.phrases), "groups": groups},
         models=facts,
