@@ -17,6 +17,15 @@ import torch
 # The models here are tiny: more threads cost more than they save (a pipeline suite went from 214 s to 70 s with one).
 torch.set_num_threads(1)
 
+LONGEST = ("test_readme.py", "test_processes.py", "test_job.py", "test_every_method.py", "test_benchmark.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Put the files that take minutes first: one worker has a file, and would be alone with it in the end."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 

@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -82,6 +83,8 @@ def main(folder: Path) -> None:
             except Killed:
                 killing.clear()
             call["resume"] = True
+        if name == "esd" and os.environ.get("RANK") == "1":
+            time.sleep(2)  # it must find the folder free all the same: no other process may have begun to write
         result = sfumato.unlearn(pipe, "sneaker", method, **call)
         assert name != "salun-resumed" or taken.count(name) == 6  # three steps, and half a fourth, then the last two
         for before, after in ((pipe.unet, result.unet), (pipe.text_encoder, result.text_encoder)):

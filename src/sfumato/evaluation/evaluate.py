@@ -180,6 +180,8 @@ def evaluate(
     if folder is not None:
         _check_output(folder, resume)
     group = process_group()
+    if group is not None:
+        group.wait_for_everyone()  # until all have found the folder free
     first = group is None or group.is_main_process
     claim = storage.claimed(folder, resume=True, own=OWN_FILES) if first else contextlib.nullcontext()
     with claim:

@@ -30,7 +30,7 @@ def make_accelerator(config: TrainingConfig, output_dir: str | Path | None = Non
         output_dir: Tracker logs go to ``output_dir/logs``.
 
     Returns:
-        The accelerator, with its trackers started.
+        The accelerator, with its trackers started; nothing is written before all processes are here.
 
     Raises:
         ValueError: If there are more processes than accelerators, trackers have nowhere to write, or the launcher asks
@@ -48,6 +48,7 @@ def make_accelerator(config: TrainingConfig, output_dir: str | Path | None = Non
         accelerator = Accelerator(mixed_precision=config.mixed_precision, **others)
         _spread_on_cpus(accelerator)
     _leave_at_exit()
+    accelerator.wait_for_everyone()  # a slower process may yet look whether the output folder is free
     if config.log_with:
         plain = {k: v for k, v in asdict(config).items() if isinstance(v, int | float | str | bool)}
         accelerator.init_trackers("sfumato", config=plain)
