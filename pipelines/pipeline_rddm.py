@@ -29,7 +29,7 @@ from .restoration_tiles import Tiling
 
 __all__ = ["RDDMPipeline"]
 
-TWO_HEADS = ("pred_res_noise", "pred_x0_noise", "pred_res_add_noise", "pred_x0_add_noise")
+TWO_HEADS = ("pred_res_noise", "pred_res_add_noise", "pred_x0_noise", "pred_x0_add_noise")
 
 
 class RDDMPipeline(RestorationPipeline):
@@ -162,7 +162,7 @@ class RDDMPipeline(RestorationPipeline):
         kind = self.scheduler.config.prediction_type
         if two_phase and kind not in TWO_HEADS[:2]:
             raise ValueError(
-                "`two_phase` needs a head for the residual or the picture and one for the noise, prediction_type"
+                "`two_phase` needs a head for the residual and one that tells the noise, prediction_type"
                 f" {' or '.join(TWO_HEADS[:2])}, got {kind!r}."
             )
         if two_phase and eta:

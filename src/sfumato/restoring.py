@@ -279,7 +279,7 @@ def _row(image: Image.Image, restored: Image.Image, mask: Any, scale: int) -> Im
     columns = [F.interpolate(pixels, scale_factor=scale, mode="nearest")]
     columns += [degraded_start(pixels, scale).clamp(0, 1)] if scale > 1 else []
     columns += [result.pixels[None]]
-    return picture_grid(torch.stack(columns, dim=1), scale=max(1, 256 // result.size[1]), gap=8)
+    return picture_grid(torch.stack(columns, dim=1), scale=max(1, 256 // max(result.size)), gap=8)
 
 
 def _png(image: Image.Image, **options: Any) -> bytes:
