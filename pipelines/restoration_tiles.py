@@ -103,7 +103,7 @@ class Tiles:
                 result = outputs.new_zeros(len(sample), outputs.shape[1], *sample.shape[-2:])
             for output, (picture, row, column) in zip(outputs, chosen, strict=True):
                 weight = self.row_weights[row, :, None] * self.column_weights[column]
-                self._view(result[picture], row, column).add_(weight.to(output) * output)
+                self._view(result[picture], row, column).add_(weight.to(output.dtype).to(output.device) * output)
         return result
 
     def _cut(self, tensor: Tensor, places: Sequence[tuple[int, int, int]]) -> Tensor:

@@ -192,6 +192,8 @@ def test_what_is_missing_is_named(model, tmp_path):
     image = save_picture(tmp_path / "a.png")
     with pytest.raises(FileNotFoundError, match="There is no picture .*none.png"):
         run(model, [image, str(tmp_path / "none.png")], tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="There is no model folder someone/model. One on the Hub"):
+        run("someone/model", [image], tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no pictures"):
         run(model, [str(tmp_path / "empty")], tmp_path / "out")

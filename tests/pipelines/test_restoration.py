@@ -265,6 +265,15 @@ def test_networks_in_half_precision_run_in_a_chain_of_full(restorers, dtype):
     assert 0 < (half - full).abs().max() < 0.05
 
 
+def test_an_autoencoder_that_overflows_in_half_precision_is_widened_for_its_part(restorers):
+    seen = []
+    pipe = restorers.pipe(scale=4, vae=restorers.vae("kl", 3))
+    pipe.to(torch.float16)
+    pipe.vae.encoder.register_forward_pre_hook(lambda module, given: seen.append(given[0].dtype))
+    assert restore(pipe, pictures(3, 4, 4), num_inference_steps=1).isfinite().all()
+    assert seen == [torch.float32] and pipe.vae.dtype == torch.float16
+
+
 def test_one_bar_counts_the_steps_of_all_sizes(restorers):
     pipe = restorers.pipe("rddm")
     pipe.set_progress_bar_config(disable=False, mininterval=0)
