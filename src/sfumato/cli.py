@@ -196,7 +196,7 @@ def _restore(options: argparse.Namespace, _: Sequence[str]) -> None:
         seconds = sum(picture["seconds"] for picture in done) / len(done)
         print(f"{len(done)} restored, {seconds:.2f} seconds a picture: {options.output}")
     if failed:
-        listed = "".join(f"\n  {failure['source']}: {failure['error']}" for failure in failed)
+        listed = "".join(f"\n  {failure['error']}" for failure in failed)
         sys.exit(f"error: {len(failed)} of {len(done) + len(failed)} could not be restored:{listed}")
 
 

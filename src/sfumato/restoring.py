@@ -256,7 +256,7 @@ def _attempt(
         images = pipe([job.image for job in jobs], generator=generators, **call).images
     except (ValueError, RuntimeError) as error:  # the latter when memory runs out
         for job in jobs:
-            job.error = str(error)
+            job.error = f"{job.source} can't be restored ({error})"
         return None
     seconds = (time.perf_counter() - began) / len(jobs)
     return [(job, image, seconds) for job, image in zip(jobs, images, strict=True)]
