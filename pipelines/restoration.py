@@ -1,8 +1,8 @@
 """What the restoration pipelines share: how a network sees a degraded picture, any size, tiles; the base of both.
 
-A restoration network is a ``UNet2DModel`` that is given the chain's state beside the degraded picture, in channels. The
-functions here say how; training calls the same ones, so that a network is trained on what it later sees. The chain runs
-in pixels, at the size of the result, or in the latents of an autoencoder:
+A restoration network is a ``UNet2DModel`` that is given the chain's state beside the degraded picture, in channels.
+The functions here say how; training calls the same ones, so that a network is trained on what it later sees. The chain
+runs in pixels, at the size of the result, or in the latents of an autoencoder:
 
     y = degraded picture, resized to the result's size, encoded           `degraded_start`, `encode_pixels`
     input = space_to_depth(concat(state, condition), patch_size)          `condition_on_grid`, `network_input`
@@ -19,15 +19,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel, VQModel
+from diffusers import AutoencoderKL, DiffusionPipeline, VQModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .restoration_pictures import Picture, finish_picture
+from .restoration_pictures import Picture, finish_picture, read_masks
 from .restoration_tiles import Tiles, Tiling
 
 __all__ = [
@@ -35,7 +36,6 @@ __all__ = [
     "encode_pixels", "network_input", "network_output", "pad_to_multiple",
 ]  # fmt: skip
 
-Autoencoder = AutoencoderKL | VQModel
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -135,7 +135,7 @@ def network_output(output: Tensor, patch_size: int) -> Tensor:
     return F.pixel_shuffle(output, patch_size)
 
 
-def encode_pixels(vae: Autoencoder | None, pixels: Tensor) -> Tensor:
+def encode_pixels(vae: AutoencoderKL | VQModel | None, pixels: Tensor) -> Tensor:
     """Bring pictures to where the chain runs.
 
     Args:
@@ -153,7 +153,7 @@ def encode_pixels(vae: Autoencoder | None, pixels: Tensor) -> Tensor:
     return latents.float() * vae.config.scaling_factor
 
 
-def decode_latents(vae: Autoencoder | None, latents: Tensor) -> Tensor:
+def decode_latents(vae: AutoencoderKL | VQModel | None, latents: Tensor) -> Tensor:
     """Undo `encode_pixels`; a `VQModel` quantises first."""
     if vae is None:
         return latents
@@ -178,6 +178,12 @@ def pad_to_multiple(pixels: Tensor, multiple: int) -> Tensor:
     return pixels
 
 
+def _home() -> str:
+    """The package that this file is installed in; empty if it came with a model, as the scheduler's did then."""
+    home, found, _ = __name__.partition(".pipelines.")
+    return home if found else ""
+
+
 class RestorationPipeline(DiffusionPipeline, ABC):
     """Base of the pipelines that restore pictures with a ``UNet2DModel``.
 
@@ -199,8 +205,23 @@ class RestorationPipeline(DiffusionPipeline, ABC):
     _sampler = ""
     """Name of the scheduler's class. (Not the class: one that is loaded from the Hub is another object.)"""
 
-    def __init__(self) -> None:
-        super().__init__()
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in `DiffusionPipeline`, which finds a scheduler of this package only if that has been imported."""
+        if home := _home():
+            import_module(f"{home}.schedulers.scheduling_{cls._sampler.removesuffix('Scheduler').lower()}")
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in `ConfigMixin`; a folder that ships the code of these classes is read with the installed ones."""
+        found = super().load_config(*args, **kwargs)
+        index = found[0] if isinstance(found, tuple) else found
+        home = _home()
+        if home and isinstance(index.get("_class_name"), list) and index["_class_name"][-1] == cls.__name__:
+            index["_class_name"] = cls.__name__
+            index["scheduler"] = [f"{home}.schedulers.{index['scheduler'][0].rpartition('.')[2]}", cls._sampler]
+        return found
 
     @abstractmethod
     def _sample(
@@ -241,12 +262,13 @@ class RestorationPipeline(DiffusionPipeline, ABC):
         """Shape ``(C, h, w)`` of the initial noise for a picture.
 
         Args:
-            height, width: Of the picture that is given (for generation, of the one that is drawn), in pixels.
+            height: Of the picture that is given (for generation, of the one that is drawn), in pixels.
+            width: Likewise.
         """
         scale, multiple = self.config.scale, self.multiple
         whole = math.lcm(scale, multiple)
         sides = (-(-side * scale // whole) * whole // self.shrink for side in (height, width))
-        return (self.channels, *sides)  # type: ignore[return-value]
+        return (self.channels, *sides)
 
     def _check_components(self) -> None:
         """Raise a ValueError if networks, scheduler and settings do not fit together."""
@@ -267,11 +289,21 @@ class RestorationPipeline(DiffusionPipeline, ABC):
             needed = (self.channels + told) * patch**2, heads * self.channels * patch**2
             if (config.in_channels, config.out_channels) != needed:
                 raise ValueError(
-                    f"`{name}` takes {config.in_channels} channels and puts out {config.out_channels}, but here it must"
-                    f" take {needed[0]}, ({self.channels} of the chain + {told} of the condition) * patch_size^2, and"
+                    f"`{name}` takes {config.in_channels} channels and puts out {config.out_channels}, but must take"
+                    f" {needed[0]}, ({self.channels} of the chain + {told} of the condition) * patch_size^2, and"
                     f" put out {needed[1]}, {heads} * {self.channels} * patch_size^2, for the scheduler's"
                     f" prediction_type {self.scheduler.config.prediction_type!r}."
                 )
+
+    def _read_masks(self, mask_image: Any, pictures: Sequence[Picture]) -> list[Tensor] | None:
+        """The holes of each picture, for a network that fills them; raises a ValueError for a mask too many or few."""
+        if self.config.masked and mask_image is None:
+            raise ValueError("This model fills holes: pass `mask_image`, white where the picture is to be filled.")
+        if mask_image is None:
+            return None
+        if not self.config.masked:
+            raise ValueError("This model is not given masks (its setting `masked` is False): drop `mask_image`.")
+        return read_masks(mask_image, pictures)
 
     # ------------------------------------------------------------ a run
 
@@ -344,7 +376,7 @@ class RestorationPipeline(DiffusionPipeline, ABC):
         return predict
 
     def _tiles(self, shape: tuple[int, int, int], tiling: Tiling) -> Tiles:
-        """Lay tiles over the grid of a chain ``(C, h, w)``, as the call or, without a word, the network's size says."""
+        """Lay tiles over the grid of a chain ``(C, h, w)``, as the call says, or else of the size of training."""
         grid, multiple, size = shape[1:], self.multiple, tiling.size
         if size is None:
             trained = self.unet.config.sample_size or 0

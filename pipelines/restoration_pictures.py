@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-__all__ = ["Picture", "finish_picture", "join_pictures", "read_masks", "read_pictures"]
+__all__ = ["Picture", "check_output_type", "finish_picture", "join_pictures", "read_masks", "read_pictures"]
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 _SLACK = 1e-3
@@ -41,6 +41,12 @@ class Picture:
     def size(self) -> tuple[int, int]:
         """Height and width."""
         return self.pixels.shape[-2], self.pixels.shape[-1]
+
+
+def check_output_type(output_type: str) -> None:
+    """Raise a ValueError for a form of results that there is not."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"`output_type` must be 'pil', 'np' or 'pt', got {output_type!r}.")
 
 
 def read_pictures(image: Any) -> list[Picture]:
@@ -202,18 +208,16 @@ def _from_pil(image: Image.Image, where: str) -> Tensor:
         return torch.from_numpy(np.asarray(image).astype(np.float32) / 65535)[None]
     if image.mode == "F":
         return torch.from_numpy(np.array(image, dtype=np.float32))[None]
-    clear = image.has_transparency_data
-    if image.mode in ("1", "L", "LA", "La"):
-        mode = "LA" if clear else "L"
-    else:
-        mode = "RGBA" if clear else "RGB"
-    return _from_array(np.asarray(image.convert(mode)), where)
+    colour = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+    return _from_array(np.asarray(image.convert(colour + "A" * image.has_transparency_data)), where)
 
 
 def _from_array(array: np.ndarray, where: str) -> Tensor:
     """Values `(C, h, w)` of an array `(h, w)` or `(h, w, C)`."""
-    return _from_tensor(torch.from_numpy(np.ascontiguousarray(array[..., None] if array.ndim == 2 else array)), where,
-                        last=True)  # fmt: skip
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"{where} must hold floats in [0, 1], bytes or 16-bit integers, got {array.dtype}.")
+    own = np.array(array, dtype=array.dtype.newbyteorder("="))  # torch wants this machine's order, and no read-only
+    return _from_tensor(torch.from_numpy(own[..., None] if own.ndim == 2 else own), where, last=True)
 
 
 def _from_tensor(values: Tensor, where: str, last: bool = False) -> Tensor:

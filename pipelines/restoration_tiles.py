@@ -1,4 +1,4 @@
-"""Tiles over the grid of a chain: a network sees parts of a large picture, and its outputs are blended without seams."""
+"""Tiles over the grid of a chain: a network sees parts of a large picture, its outputs are blended without seams."""
 
 from __future__ import annotations
 

@@ -19,12 +19,15 @@ _HOMES = {
     "FixedPointScheduler": "sfumato.schedulers.scheduling_fixed_point",
     "InfEditPipeline": "sfumato.pipelines.pipeline_infedit",
     "Judge": "sfumato.evaluation.judge",
+    "RDDMPipeline": "sfumato.pipelines.pipeline_rddm",
     "RDDMScheduler": "sfumato.schedulers.scheduling_rddm",
+    "ResShiftPipeline": "sfumato.pipelines.pipeline_resshift",
     "ResShiftScheduler": "sfumato.schedulers.scheduling_resshift",
     "TimeShiftScheduler": "sfumato.schedulers.scheduling_time_shift",
     "edit": "sfumato.inversion",
     "attack": "sfumato.attacks.audit",
     "evaluate": "sfumato.evaluation.evaluate",
+    "find_boundary": "sfumato.boundary",
     "invert": "sfumato.inversion",
     "load": "sfumato.loading",
     "rehearse": "sfumato.unlearning.core",
@@ -38,6 +41,7 @@ __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from sfumato.attacks.audit import attack as attack
+    from sfumato.boundary import find_boundary as find_boundary
     from sfumato.concepts import Concept as Concept
     from sfumato.evaluation.evaluate import evaluate as evaluate
     from sfumato.evaluation.judge import Judge as Judge
@@ -47,6 +51,8 @@ if TYPE_CHECKING:
     from sfumato.loading import load as load
     from sfumato.pipelines.pipeline_class_conditional import ClassConditionalPipeline as ClassConditionalPipeline
     from sfumato.pipelines.pipeline_infedit import InfEditPipeline as InfEditPipeline
+    from sfumato.pipelines.pipeline_rddm import RDDMPipeline as RDDMPipeline
+    from sfumato.pipelines.pipeline_resshift import ResShiftPipeline as ResShiftPipeline
     from sfumato.releasing.core import release as release
     from sfumato.schedulers.scheduling_bdia import BDIAScheduler as BDIAScheduler
     from sfumato.schedulers.scheduling_belm import BELMScheduler as BELMScheduler

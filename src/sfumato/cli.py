@@ -81,6 +81,8 @@ def _make_parser() -> argparse.ArgumentParser:
 
     _add_editing(commands)
 
+    _add_restoring(commands)
+
     _add_release(commands)
 
     methods = commands.add_parser("methods", help="list the unlearning methods")
@@ -116,6 +118,26 @@ def _add_editing(commands: Any) -> None:
         command.add_argument("--seed", type=int, default=0, help="ddpm: seeds its noise")
         command.add_argument("--device", default=None, help="where to run; an accelerator if there is one")
         command.set_defaults(run=_edit)
+
+
+def _add_restoring(commands: Any) -> None:
+    summary = "restore pictures: enlarge, fill holes, take off noise or blur"
+    command = commands.add_parser("restore", help=summary, description=summary)
+    command.add_argument("images", nargs="+", metavar="IMAGE", help="files of pictures, and folders of such")
+    command.add_argument("--model", required=True, help="folder or Hub id of a restoration pipeline")
+    command.add_argument("--output", required=True, help="a new or empty folder for the restored pictures")
+    command.add_argument("--task", choices=("sr", "inpaint", "denoise", "deblur"), default=None)
+    command.add_argument("--scale", type=int, default=None, help="how much larger; the model's")
+    command.add_argument("--mask", default=None, help="inpaint: a picture that is white where to fill")
+    command.add_argument("--num-inference-steps", type=int, default=None, help="steps of the schedule; the model's")
+    command.add_argument("--tile-size", type=int, default=None, help="side of tiles in pixels of the result; 0: none")
+    command.add_argument("--tile-overlap", type=int, default=None, help="in pixels of the result; a quarter of a tile")
+    command.add_argument("--batch-size", type=int, default=1, help="pictures restored at once")
+    command.add_argument("--seed", type=int, default=0, help="seeds the noise, the same for every picture")
+    command.add_argument("--boundary", default=None, help="a file of sfumato.find_boundary, to start from its noise")
+    command.add_argument("--compare", choices=("row", "none"), default="row", help="none: no pictures side by side")
+    command.add_argument("--device", default=None, help="where to run; an accelerator if there is one")
+    command.set_defaults(run=_restore)
 
 
 def _add_release(commands: Any) -> None:
@@ -162,6 +184,20 @@ def _edit(options: argparse.Namespace, _: Sequence[str]) -> None:
     mean, std, correlation = (figures["noise"][name] for name in ("mean", "std", "correlation"))
     print(f"noise found          mean {mean:.2f}, std {std:.2f}, correlation {correlation:.2f}")
     print(f"pictures and latents {options.output}/comparison.png, {options.output}/inversion.safetensors")
+
+
+def _restore(options: argparse.Namespace, _: Sequence[str]) -> None:
+    from sfumato.restoring import RestoringConfig, run_restore
+
+    settings = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
+    report = run_restore(RestoringConfig(**settings))
+    done, failed = report["pictures"], report["failures"]
+    if done:
+        seconds = sum(picture["seconds"] for picture in done) / len(done)
+        print(f"{len(done)} restored, {seconds:.2f} seconds a picture: {options.output}")
+    if failed:
+        listed = "".join(f"\n  {failure['source']}: {failure['error']}" for failure in failed)
+        sys.exit(f"error: {len(failed)} of {len(done) + len(failed)} could not be restored:{listed}")
 
 
 def _demo(options: argparse.Namespace, _: Sequence[str]) -> None:

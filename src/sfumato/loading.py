@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
+import sfumato
 from sfumato import delta, storage
 
 __all__ = ["EMBEDDED", "PICKLES", "assets_folder", "check_safe", "load", "load_result", "manifest_of"]
@@ -68,12 +69,8 @@ def load(pretrained_model_name_or_path: str | Path = "atelier", **kwargs: Any) -
         raise ValueError("The model's name is empty: give 'atelier', a local folder or a Hub id.")
     folder = assets_folder() / name if name in EMBEDDED else Path(name)
     kwargs = {"dtype": torch.float32, **kwargs, "use_safetensors": True}
-    if name == "atelier-pixel":
-        from sfumato.pipelines.pipeline_class_conditional import ClassConditionalPipeline
-
-        return _load_folder(folder, ClassConditionalPipeline, kwargs)
-    if folder.is_dir():
-        return _load_folder(folder, DiffusionPipeline, kwargs)
+    if name in EMBEDDED or folder.is_dir():
+        return _load_folder(folder, kwargs)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"There is no model folder {name}.")
     try:
@@ -230,8 +227,9 @@ def _is_interrupted(error: BaseException | None) -> bool:
     return False
 
 
-def _load_folder(folder: Path, pipeline_class: Any, kwargs: Mapping[str, Any]) -> DiffusionPipeline:
+def _load_folder(folder: Path, kwargs: Mapping[str, Any]) -> DiffusionPipeline:
     _check_files(folder, given=kwargs)
+    pipeline_class = _pipeline_class(folder)
     try:
         pipe = pipeline_class.from_pretrained(folder, **kwargs)
     except (OSError, ImportError):
@@ -243,6 +241,15 @@ def _load_folder(folder: Path, pipeline_class: Any, kwargs: Mapping[str, Any]) -
         if isinstance(part, torch.nn.Module) and name not in kwargs:
             _check_weights(folder / name, part, kwargs.get("variant"))
     return pipe
+
+
+def _pipeline_class(folder: Path) -> Any:
+    """One of our pipelines if the folder is of one: diffusers finds its own alone."""
+    named = storage.read_json(folder / "model_index.json")["_class_name"]
+    if isinstance(named, list):  # ships its code: the restoration pipelines are read without running that
+        named = named[-1] if named and named[-1] in ("RDDMPipeline", "ResShiftPipeline") else None
+    ours = isinstance(named, str) and named.endswith("Pipeline") and named in sfumato.__all__
+    return getattr(sfumato, str(named)) if ours else DiffusionPipeline
 
 
 def _check_files(folder: Path, given: Container[str]) -> None:

@@ -1,0 +1,288 @@
+"""``sfumato restore``: degraded pictures in; restored ones, and each beside its original, in a folder out."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+import sfumato
+from sfumato import storage
+from sfumato.evaluation.report import picture_grid
+from sfumato.pipelines.restoration import RestorationPipeline, degraded_start
+from sfumato.pipelines.restoration_pictures import read_masks, read_pictures
+from sfumato.progress import Track
+
+__all__ = ["RestoringConfig", "run_restore"]
+
+TASKS = ("sr", "inpaint", "denoise", "deblur")
+
+
+@dataclass
+class RestoringConfig:
+    """What to restore, and how.
+
+    Attributes:
+        images: Files of pictures, and folders of such.
+        output: A new or empty folder.
+        model: A folder or Hub id of a restoration pipeline.
+        task: What is expected of the model: ``"sr"``, ``"inpaint"``, ``"denoise"`` or ``"deblur"``; None takes what
+            it does.
+        scale: Size of the result over that of the picture that is expected of the model; None takes the model's.
+        mask: File of the mask for a model that fills holes, white where it is to fill; it serves all pictures.
+        num_inference_steps: Steps; None for the model's.
+        tile_size: Side of the tiles that the network sees, in pixels of the result; None for the size that it was
+            trained on, 0 for the whole picture at once.
+        tile_overlap: Of tiles, in pixels of the result; None for a quarter of them.
+        batch_size: Pictures that are restored at once, if they have one size.
+        seed: Seeds the noise, the same for every picture, so that none depends on the others.
+        device: Where to run, or None for an accelerator if there is one.
+        boundary: A file of `sfumato.find_boundary`, whose noise all pictures start from.
+        compare: ``"row"`` writes each picture beside what came of it, ``"none"`` does not.
+    """
+
+    images: Sequence[str]
+    output: str
+    model: str
+    task: str | None = None
+    scale: int | None = None
+    mask: str | None = None
+    num_inference_steps: int | None = None
+    tile_size: int | None = None
+    tile_overlap: int | None = None
+    batch_size: int = 1
+    seed: int = 0
+    device: str | None = None
+    boundary: str | None = None
+    compare: str = "row"
+
+
+@dataclass
+class _Job:
+    """A picture on its way: its file, the name that its result gets, and what was read."""
+
+    source: Path
+    name: str
+    image: Any = None
+    error: str | None = None
+
+
+def run_restore(config: RestoringConfig) -> dict[str, Any]:
+    """Restore pictures; one that can't be does not keep the others from it.
+
+    Args:
+        config: What and how.
+
+    Returns:
+        What ``restored.json`` holds: the settings, the model, and, under ``pictures`` and ``failures``, what became of
+        each. Beside it are the restored pictures, as PNG, and, under ``comparisons``, each beside its original.
+
+    Raises:
+        FileExistsError: If the output folder holds something.
+        FileNotFoundError: If a picture, a mask or a boundary is missing.
+        ValueError: If the settings, or the model, do not fit the task.
+    """
+    output = storage.check_output_dir(config.output, own=frozenset())
+    _check_settings(config)
+    jobs = _jobs(_files(config.images))
+    mask = None if config.mask is None else _read(Path(config.mask))
+    latents = None if config.boundary is None else _noise(config.boundary)
+    pipe = _load(config)
+    call = {
+        name: getattr(config, name)
+        for name in ("num_inference_steps", "tile_size", "tile_overlap")
+        if getattr(config, name) is not None
+    }
+    call |= {} if latents is None else {"latents": latents}
+    call |= {} if mask is None else {"mask_image": mask}
+    report: dict[str, Any] = {"settings": asdict(config), **_facts(pipe), "pictures": [], "failures": []}
+    batches = [jobs[first : first + config.batch_size] for first in range(0, len(jobs), config.batch_size)]
+    for batch in Track(batches, "restore"):
+        for job, restored, seconds in _restore(pipe, batch, call, config.seed):
+            if restored is None:
+                report["failures"].append({"source": str(job.source), "error": job.error})
+                continue
+            compared = config.compare == "row"
+            facts = _write(output, job, restored, mask, pipe.config.scale, compared=compared)
+            report["pictures"].append({"source": str(job.source), **facts, "seconds": seconds})
+    storage.write_text(output / "restored.json", json.dumps(report, indent=1))
+    return report
+
+
+# ------------------------------------------------------------ before the long work
+
+
+def _check_settings(config: RestoringConfig) -> None:
+    if config.task not in (None, *TASKS):
+        raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {config.task!r}.")
+    if config.compare not in ("row", "none"):
+        raise ValueError(f"`compare` must be row or none, got {config.compare!r}.")
+    if config.batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {config.batch_size}.")
+
+
+def _files(images: Sequence[str]) -> list[Path]:
+    """The files that are named, and those of pictures in folders that are."""
+    known, found = set(Image.registered_extensions()), []
+    for path in map(Path, images):
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in known and file.is_file())
+            if not inside:
+                raise ValueError(f"The folder {path} holds no pictures.")
+            found += [file for file in inside if not file.name.startswith(".")]
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"There is no picture {path}.")
+    return list(dict.fromkeys(found))
+
+
+def _jobs(files: Sequence[Path]) -> list[_Job]:
+    """Give each file a name of its own for the result: its stem, numbered where another has that."""
+    jobs, taken = [], set()
+    for file in files:
+        name, number = file.stem, 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{file.stem}-{number}"
+        taken.add(name.lower())
+        jobs.append(_Job(file, name))
+    return jobs
+
+
+def _read(path: Path) -> Image.Image:
+    """Read a picture, all of it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no picture {path}.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty.")
+    try:
+        image = Image.open(path)
+        image.load()
+    except Exception as error:  # decoders raise anything for broken data
+        raise ValueError(f"{path} can't be read as a picture ({' '.join(str(error).split())}).") from error
+    return image
+
+
+def _noise(path: str) -> Tensor:
+    tensors = storage.load_tensors(path)
+    if "noise" not in tensors:
+        raise ValueError(f"{path} holds no tensor `noise`; give a file written by Boundary.save.")
+    return tensors["noise"]
+
+
+def _load(config: RestoringConfig) -> Any:
+    """Load the model, and see that it does what is expected."""
+    pipe: Any = sfumato.load(config.model)
+    if not isinstance(pipe, RestorationPipeline):
+        raise ValueError(
+            f"{config.model} is a {type(pipe).__name__}, which restores no pictures: name a model of ResShiftPipeline"
+            " or RDDMPipeline."
+        )
+    scale, masked = pipe.config.scale, pipe.config.masked
+    able = ("inpaint",) if masked else ("sr",) if scale > 1 else ("denoise", "deblur")
+    if config.task is not None and config.task not in able:
+        raise ValueError(f"{config.model} is a model for {' or '.join(able)}, not for {config.task}.")
+    if config.scale not in (None, scale):
+        raise ValueError(f"{config.model} gives {scale} times the size, not {config.scale} times: drop --scale.")
+    if masked and config.mask is None:
+        raise ValueError(f"{config.model} fills holes: give --mask, a picture that is white where it is to fill.")
+    if config.mask is not None and not masked:
+        raise ValueError(f"{config.model} is not given masks: drop --mask.")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _facts(pipe: Any) -> dict[str, Any]:
+    """What the model is."""
+    networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return {
+        "sfumato": sfumato.__version__,
+        "pipeline": type(pipe).__name__,
+        "fingerprints": {name: storage.fingerprint(part.named_parameters()) for name, part in networks.items()},
+        "device": str(pipe.device),
+    }
+
+
+# ------------------------------------------------------------ the work
+
+
+def _restore(
+    pipe: Any, batch: Sequence[_Job], call: dict[str, Any], seed: int
+) -> Iterator[tuple[_Job, Image.Image | None, float]]:
+    """Restore a batch; gives each picture, None for what can't be, and its seconds, in the order of the batch."""
+    for job in batch:
+        try:
+            job.image = _read(job.source)
+            read_pictures(job.image)
+        except (ValueError, OSError) as error:
+            job.image, job.error = None, str(error)
+    for readable, group in groupby(batch, key=lambda job: job.image is not None):
+        members = list(group)
+        if not readable:
+            yield from ((job, None, 0.0) for job in members)
+            continue
+        done = _attempt(pipe, members, call, seed)
+        if done is None and len(members) > 1:  # one of them is the reason, or all together are too much
+            for job in members:
+                yield from _attempt(pipe, [job], call, seed) or [(job, None, 0.0)]
+        else:
+            yield from done or [(members[0], None, 0.0)]
+
+
+def _attempt(
+    pipe: Any, jobs: Sequence[_Job], call: dict[str, Any], seed: int
+) -> list[tuple[_Job, Image.Image | None, float]] | None:
+    """Restore pictures together; None, and the reason in each, if that fails."""
+    began = time.perf_counter()
+    try:
+        generators = [torch.Generator().manual_seed(seed) for _ in jobs]
+        images = pipe([job.image for job in jobs], generator=generators, **call).images
+    except (ValueError, RuntimeError) as error:  # the latter when memory runs out
+        for job in jobs:
+            job.error = str(error)
+        return None
+    seconds = (time.perf_counter() - began) / len(jobs)
+    return [(job, image, seconds) for job, image in zip(jobs, images, strict=True)]
+
+
+def _write(output: Path, job: _Job, restored: Image.Image, mask: Any, scale: int, *, compared: bool) -> dict[str, Any]:
+    """Write a result, with the colour profile of its original, and the comparison."""
+    profile = job.image.info.get("icc_profile") if job.image.mode in ("L", "LA", "RGB", "RGBA", "P") else None
+    storage.write_bytes(output / f"{job.name}.png", _png(restored, icc_profile=profile))
+    facts = {"file": f"{job.name}.png", "width": restored.width, "height": restored.height}
+    if compared:
+        comparison = f"comparisons/{job.name}.png"
+        storage.write_bytes(output / comparison, _png(_row(job.image, restored, mask, scale)))
+        facts["comparison"] = comparison
+    job.image = None  # a folder of pictures need not stay in memory
+    return facts
+
+
+def _row(image: Image.Image, restored: Image.Image, mask: Any, scale: int) -> Image.Image:
+    """The original at the result's size by nearest pixels and, where it grew, bicubic; beside them the result."""
+    (picture,) = read_pictures(image)
+    pixels = picture.pixels[None]  # (1, 3, h, w)
+    if mask is not None:
+        pixels = pixels.masked_fill(read_masks(mask, [picture])[0], 0)
+    (result,) = read_pictures(restored)
+    columns = [F.interpolate(pixels, scale_factor=scale, mode="nearest")]
+    columns += [degraded_start(pixels, scale).clamp(0, 1)] if scale > 1 else []
+    columns += [result.pixels[None]]
+    return picture_grid(torch.stack(columns, dim=1), scale=max(1, 256 // result.size[1]), gap=8)
+
+
+def _png(image: Image.Image, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
