@@ -33,7 +33,12 @@ from sfumato.restoration.card import make_card
 from sfumato.restoration.degradations import Degradation
 from sfumato.restoration.examples import Examples, HeldOut, hold_out
 from sfumato.restoration.networks import (
-    Autoencoder, Grid, NetworkConfig, TwoNetworks, load_autoencoder, make_unet,
+    Autoencoder,
+    Grid,
+    NetworkConfig,
+    TwoNetworks,
+    load_autoencoder,
+    make_unet,
 )  # fmt: skip
 from sfumato.restoration.pictures import Pictures, Renders, folder_pictures, hub_pictures, split
 from sfumato.restoration.scores import Distance, between_sets, find_distance
