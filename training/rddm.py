@@ -47,13 +47,9 @@ class RDDMObjective:
     def __init__(
         self, examples: Examples, scheduler: RDDMScheduler, patch_size: int, loss: str, two_networks: bool
     ) -> None:
-        self.examples, self.scheduler, self.patch_size, self.two_networks = (
-            examples,
-            scheduler,
-            patch_size,
-            two_networks,
-        )
-        self.batch_size, self.error = examples.batch_size, {"l1": F.l1_loss, "l2": F.mse_loss}[loss]
+        self.examples, self.scheduler, self.patch_size = examples, scheduler, patch_size
+        self.error, self.two_networks = {"l1": F.l1_loss, "l2": F.mse_loss}[loss], two_networks
+        self.batch_size = examples.batch_size
 
     def losses(self, model: nn.Module, step: int, shard: Shard) -> Mapping[str, torch.Tensor]:
         """See `sfumato.trainer.Objective`."""
@@ -64,10 +60,9 @@ class RDDMObjective:
         if self.two_networks:
             told = tuple(level.float() for level in self.scheduler.network_times(times))
         output = predict(model, self.scheduler.add_noise(*pair), batch.condition, told, self.patch_size)
-        heads = zip(
-            self.scheduler.split_heads(output, batch.clean), self.scheduler.training_target(*pair), strict=True
-        )
-        return {f"head {number}": self.error(head, target) for number, (head, target) in enumerate(heads, start=1)}
+        heads, targets = self.scheduler.split_heads(output, batch.clean), self.scheduler.training_target(*pair)
+        errors = (self.error(head, target) for head, target in zip(heads, targets, strict=True))
+        return {f"head {number}": error for number, error in enumerate(errors, start=1)}
 
 
 @dataclass
@@ -136,8 +131,9 @@ def make(config: RDDMConfig, network: NetworkConfig) -> Method:
             return RDDMPipeline(model.unet, scheduler, vae, model.noise_unet, **settings)
         return RDDMPipeline(model, scheduler, vae, **settings)
 
+    heads = 1 + (config.prediction_type in TWO_HEADS)
     return Method(
-        "rddm", "RDDM (arXiv 2308.13712)", config, objective, assemble, heads=1 + (config.prediction_type in TWO_HEADS),
+        "rddm", "RDDM (arXiv 2308.13712)", config, objective, assemble, heads=heads,
         two_networks=config.two_networks, conditioned=config.conditioned, generation=config.generation,
     )  # fmt: skip
 

@@ -40,11 +40,21 @@ def make_card(title: str, manifest: Mapping[str, Any], validation: Validation) -
         "---", data.to_yaml(), "---", "", f"# {scaled}{task} with {title}", "",
         f"Trained by sfumato on pictures of {size}x{size}, {settings['training']['steps']} steps of "
         f"{settings['job']['batch_size']}; {manifest['parameters'] / 1e6:.2f} million weights.", "",
-        *_table(validation), *_picture(validation), "## Degradation", "",
+        *_usage(title, degradation is None), *_table(validation), *_picture(validation), "## Degradation", "",
         "None: the model generates." if degradation is None else f"```json\n{json.dumps(degradation, indent=1)}\n```",
         "", "All settings, the seed, versions and fingerprints are in `manifest.json`.", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _usage(title: str, generates: bool) -> list[str]:
+    """How to load it; the regression of benchmarks has no pipeline."""
+    name = f"{title.partition(' ')[0]}Pipeline"
+    if name not in ("ResShiftPipeline", "RDDMPipeline"):
+        return []
+    call = "pipe(batch_size=4).images" if generates else 'pipe(Image.open("degraded.png")).images[0]'
+    lines = [*([] if generates else ["from PIL import Image"]), f"from sfumato import {name}", ""]
+    return ["```python", *lines, f'pipe = {name}.from_pretrained("FOLDER")', call, "```", ""]
 
 
 def _table(validation: Validation) -> list[str]:

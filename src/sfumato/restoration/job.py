@@ -227,7 +227,8 @@ def train_restoration(
         run = _Run(method, job, training, model, examples, config, accelerator, folder, began)
         with explained(accelerator.device, folder, {"batch_size", *asdict(training)}):
             history = run.train(hold_out(others, asked, job.held_out_pictures, training.seed))
-        pipe = method.assemble(model.to("cpu", getattr(torch, job.save_dtype)), vae and vae.cpu(), config)
+        nn.Module.to(model, "cpu", getattr(torch, job.save_dtype))  # diffusers' own warns of every cast
+        pipe = method.assemble(model, vae if vae is None else vae.cpu(), config)
         if accelerator.is_main_process:
             parts = {"job": job, "degradation": asked, "network": network, "method": method.settings}
             run.write(pipe, history, {**parts, "training": training})

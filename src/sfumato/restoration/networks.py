@@ -12,12 +12,10 @@ from torch import nn
 
 from sfumato import storage
 from sfumato.loading import EMBEDDED, assets_folder, check_safe
-from sfumato.pipelines.restoration import condition_channels
+from sfumato.pipelines.restoration import Autoencoder, condition_channels
 from sfumato.settings import check_ranges, check_types
 
 __all__ = ["Autoencoder", "Grid", "NetworkConfig", "TwoNetworks", "load_autoencoder", "make_unet"]
-
-Autoencoder = AutoencoderKL | VQModel
 
 
 @dataclass

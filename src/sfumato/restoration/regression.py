@@ -82,9 +82,7 @@ class Regression:
         """Do nothing: one pass needs no bar."""
 
     @torch.no_grad()
-    def __call__(
-        self, image: torch.Tensor, mask_image: torch.Tensor | None = None, **unused: Any
-    ) -> ImagePipelineOutput:
+    def __call__(self, image: Any = None, mask_image: Any = None, **unused: Any) -> ImagePipelineOutput:
         """Restore pictures of one size.
 
         Args:

@@ -186,7 +186,8 @@ class Validation:
             values = [row[name] for row in self.rows]
             axes.plot(steps, [value["value"] for value in values], marker=".", label="restored")
             if "low" in values[0]:
-                axes.fill_between(steps, *([value[end] for value in values] for end in ("low", "high")), alpha=0.2)
+                low, high = ([value[end] for value in values] for end in ("low", "high"))
+                axes.fill_between(steps, low, high, alpha=0.2)
             if name in self.baseline:
                 axes.axhline(self.baseline[name]["value"], color="grey", linestyle="--", label="degraded")
             axes.legend()
