@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, UNet2DModel, VQModel
@@ -12,10 +12,12 @@ from torch import nn
 
 from sfumato import storage
 from sfumato.loading import EMBEDDED, assets_folder, check_safe
-from sfumato.pipelines.restoration import Autoencoder, condition_channels
+from sfumato.pipelines.restoration import condition_channels
 from sfumato.settings import check_ranges, check_types
 
 __all__ = ["Autoencoder", "Grid", "NetworkConfig", "TwoNetworks", "load_autoencoder", "make_unet"]
+
+Autoencoder: TypeAlias = AutoencoderKL | VQModel
 
 
 @dataclass

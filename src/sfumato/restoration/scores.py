@@ -6,6 +6,7 @@ PSNR rewards the mean of all pictures that may have been, which is blurred; the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -143,7 +144,8 @@ def _lpips(network: str, device: torch.device | str) -> Distance:
     try:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-        metric = LearnedPerceptualImagePatchSimilarity(network, reduction="none", normalize=True).to(device)
+        how: Any = {"net_type": network, "reduction": "none", "normalize": True}
+        metric = LearnedPerceptualImagePatchSimilarity(**how).to(device)
     except (ImportError, ValueError) as error:
         raise ImportError("LPIPS needs: pip install torchmetrics torchvision.") from error
 
