@@ -38,11 +38,11 @@ class NetworkConfig:
 
     vae: str | None = None
     patch_size: int = 2
-    channels: list[int] = field(default_factory=lambda: [64, 96, 128], metadata={"nargs": "+"})
+    channels: list[int] = field(default_factory=lambda: [48, 72, 96], metadata={"nargs": "+"})
     layers_per_block: int = 1
     attention_levels: int = 1
-    attention_head_dim: int = 32
-    norm_num_groups: int = 16
+    attention_head_dim: int = 24
+    norm_num_groups: int = 8
     dropout: float = 0.0
 
     def __post_init__(self) -> None:

@@ -42,7 +42,7 @@ def ssim(restored: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
     """Structural similarity of each picture, averaged over colours.
 
     Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity", IEEE TIP 2004, with its
-    Gaussian window of 11x11, as torchmetrics computes it.
+    Gaussian window of 11x11, as torchmetrics computes it: windows over the edge see the picture reflected.
 
     Args:
         restored: ``(N, 3, H, W)`` in [0, 1], at least 11x11.
