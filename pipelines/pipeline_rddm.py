@@ -29,7 +29,7 @@ from .restoration_tiles import Tiling
 
 __all__ = ["RDDMPipeline"]
 
-TWO_HEADS = ("pred_res_noise", "pred_x0_noise", "pred_res_add_noise", "pred_x0_add_noise")
+TWO_HEADS = ("pred_res_noise", "pred_res_add_noise", "pred_x0_noise", "pred_x0_add_noise")
 
 
 class RDDMPipeline(RestorationPipeline):
@@ -87,7 +87,7 @@ class RDDMPipeline(RestorationPipeline):
         width: int | None = None,
         tile_size: int | None = None,
         tile_overlap: int | None = None,
-        tile_batch_size: int = 0,
+        tile_batch_size: int = 16,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -109,7 +109,8 @@ class RDDMPipeline(RestorationPipeline):
             height: Of pictures to draw, in pixels; None takes the size that the network was trained on.
             width: Likewise.
             tile_size: Side of the tiles that the network sees, in pixels of the result; None takes the size that it
-                was trained on, if its config says that, 0 the whole picture at once.
+                was trained on, if its config says that, 0 the whole picture at once. (An autoencoder is always given
+                the whole; ``pipe.vae.enable_tiling()`` is its own remedy.)
             tile_overlap: By how much tiles overlap at least, in pixels of the result; None takes a quarter of them.
             tile_batch_size: Tiles that the network is given at once; 0 gives it all.
             generator: Seeds the initial noise and that of the steps; with a list of ``B`` a picture does not depend
@@ -162,7 +163,7 @@ class RDDMPipeline(RestorationPipeline):
         kind = self.scheduler.config.prediction_type
         if two_phase and kind not in TWO_HEADS[:2]:
             raise ValueError(
-                "`two_phase` needs a head for the residual or the picture and one for the noise, prediction_type"
+                "`two_phase` needs a head for the residual and one that tells the noise, prediction_type"
                 f" {' or '.join(TWO_HEADS[:2])}, got {kind!r}."
             )
         if two_phase and eta:

@@ -79,7 +79,7 @@ class ResShiftPipeline(RestorationPipeline):
         num_inference_steps: int | None = None,
         tile_size: int | None = None,
         tile_overlap: int | None = None,
-        tile_batch_size: int = 0,
+        tile_batch_size: int = 16,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -97,7 +97,8 @@ class ResShiftPipeline(RestorationPipeline):
             num_inference_steps: Steps; None takes those of training. Fewer start with less noise than in training:
                 see ``ResShiftScheduler.set_timesteps``.
             tile_size: Side of the tiles that the network sees, in pixels of the result; None takes the size that it
-                was trained on, if its config says that, 0 the whole picture at once.
+                was trained on, if its config says that, 0 the whole picture at once. (An autoencoder is always given
+                the whole; ``pipe.vae.enable_tiling()`` is its own remedy.)
             tile_overlap: By how much tiles overlap at least, in pixels of the result; None takes a quarter of them.
             tile_batch_size: Tiles that the network is given at once; 0 gives it all.
             generator: Seeds the initial noise and that of the steps; with a list of ``B`` a picture does not depend

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -148,7 +149,8 @@ def encode_pixels(vae: AutoencoderKL | VQModel | None, pixels: Tensor) -> Tensor
     """
     if vae is None:
         return pixels
-    encoded = vae.encode(pixels.to(vae.dtype))
+    with _wide(vae) as dtype:
+        encoded = vae.encode(pixels.to(dtype))
     latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
     return latents.float() * vae.config.scaling_factor
 
@@ -157,7 +159,21 @@ def decode_latents(vae: AutoencoderKL | VQModel | None, latents: Tensor) -> Tens
     """Undo `encode_pixels`; a `VQModel` quantises first."""
     if vae is None:
         return latents
-    return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0].float()
+    with _wide(vae) as dtype:
+        return vae.decode((latents / vae.config.scaling_factor).to(dtype), return_dict=False)[0].float()
+
+
+@contextmanager
+def _wide(vae: AutoencoderKL | VQModel) -> Iterator[torch.dtype]:
+    """What an autoencoder computes in meanwhile: some overflow in half precision and say so in their config."""
+    upcast = vae.dtype == torch.float16 and vae.config.force_upcast
+    try:
+        if upcast:
+            vae.to(dtype=torch.float32)
+        yield vae.dtype
+    finally:
+        if upcast:
+            vae.to(dtype=torch.float16)
 
 
 def pad_to_multiple(pixels: Tensor, multiple: int) -> Tensor:
@@ -278,7 +294,7 @@ class RestorationPipeline(DiffusionPipeline, ABC):
                 raise ValueError(f"`{name}` must be a whole number from 1 on, got {value!r}.")
         if masked and scale != 1:
             raise ValueError(f"A model that fills holes keeps the picture's size: `scale` must be 1, got {scale}.")
-        if type(self.scheduler).__name__ != self._sampler:
+        if self._sampler not in {kind.__name__ for kind in type(self.scheduler).__mro__}:
             raise ValueError(
                 f"{type(self).__name__} steps with a {self._sampler}, this one has a {type(self.scheduler).__name__}:"
                 " a restoration network works with the sampler that it was trained for alone."

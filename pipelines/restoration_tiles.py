@@ -21,12 +21,13 @@ class Tiling:
         size: Side of a tile in pixels of the result; None takes the size that the network was trained on (if its
             config says it), 0 the whole picture at once.
         overlap: Of neighbouring tiles, in pixels of the result; None takes a quarter of the tile.
-        batch_size: Tiles that the network is given at once; 0 gives it all.
+        batch_size: Tiles that the network is given at once, so that memory does not grow with the picture; 0 gives it
+            all.
     """
 
     size: int | None = None
     overlap: int | None = None
-    batch_size: int = 0
+    batch_size: int = 16
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Tiles:
         Returns:
             ``(B, channels, h, w)``.
         """
-        if len(self) == 1 and not 0 < self.batch_size < len(sample):
+        if len(self) == 1:
             return network(sample, condition)
         places = [
             (picture, row, column)
@@ -103,7 +104,7 @@ class Tiles:
                 result = outputs.new_zeros(len(sample), outputs.shape[1], *sample.shape[-2:])
             for output, (picture, row, column) in zip(outputs, chosen, strict=True):
                 weight = self.row_weights[row, :, None] * self.column_weights[column]
-                self._view(result[picture], row, column).add_(weight.to(output) * output)
+                self._view(result[picture], row, column).add_(weight.to(output.dtype).to(output.device) * output)
         return result
 
     def _cut(self, tensor: Tensor, places: Sequence[tuple[int, int, int]]) -> Tensor:

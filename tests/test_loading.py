@@ -35,6 +35,14 @@ def test_any_local_folder_loads(atelier, tmp_path):
     assert torch.equal(copy.unet.conv_in.weight, atelier.unet.conv_in.weight)
 
 
+def test_a_folder_of_a_pipeline_of_ours_loads_as_that(tmp_path):
+    pipe = sfumato.load("atelier-pixel")
+    pipe.save_pretrained(tmp_path)
+    loaded = sfumato.load(tmp_path)
+    assert type(loaded) is type(pipe) is sfumato.ClassConditionalPipeline
+    assert torch.equal(loaded.unet.conv_in.weight, pipe.unet.conv_in.weight)
+
+
 def test_embedded_weights_are_small_and_free_of_pickle():
     files = [path for path in assets_folder().rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") <= 20_000_000

@@ -115,13 +115,27 @@ def test_no_training_script_hides_a_dependency():
 
 @pytest.mark.parametrize("path", STAND_ALONE, ids=name_of)
 def test_hub_files_stand_alone(path):
-    allowed = sys.stdlib_module_names | {"torch", "numpy", "diffusers"}
+    allowed = sys.stdlib_module_names | {"torch", "numpy", "PIL", "diffusers"}  # PIL: diffusers needs it
     tree = parse(path)
     assert {module for module in imported_modules(tree) if module.partition(".")[0] not in allowed} == set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             sibling = path.parent / f"{node.module}.py"
             assert node.level == 1 and sibling.is_file(), f"line {node.lineno}: only a sibling travels with a Hub file"
+
+
+def siblings(path: Path) -> set[str]:
+    nodes = ast.walk(parse(path))
+    return {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and node.level}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in STAND_ALONE if path.stem.startswith(("pipeline_", "scheduling_"))], ids=name_of
+)
+def test_hub_files_name_every_file_that_must_travel_with_them(path):
+    """diffusers carries along what a file imports itself, not what that imports."""
+    direct = siblings(path)
+    assert {further for name in direct for further in siblings(path.with_name(f"{name}.py"))} - direct == set()
 
 
 def test_nothing_loads_a_pickle():

@@ -124,7 +124,7 @@ def _add_restoring(commands: Any) -> None:
     summary = "restore pictures: enlarge, fill holes, take off noise or blur"
     command = commands.add_parser("restore", help=summary, description=summary)
     command.add_argument("images", nargs="+", metavar="IMAGE", help="files of pictures, and folders of such")
-    command.add_argument("--model", required=True, help="folder or Hub id of a restoration pipeline")
+    command.add_argument("--model", required=True, help="folder of a restoration pipeline")
     command.add_argument("--output", required=True, help="a new or empty folder for the restored pictures")
     command.add_argument("--task", choices=("sr", "inpaint", "denoise", "deblur"), default=None)
     command.add_argument("--scale", type=int, default=None, help="how much larger; the model's")
@@ -196,7 +196,7 @@ def _restore(options: argparse.Namespace, _: Sequence[str]) -> None:
         seconds = sum(picture["seconds"] for picture in done) / len(done)
         print(f"{len(done)} restored, {seconds:.2f} seconds a picture: {options.output}")
     if failed:
-        listed = "".join(f"\n  {failure['source']}: {failure['error']}" for failure in failed)
+        listed = "".join(f"\n  {failure['error']}" for failure in failed)
         sys.exit(f"error: {len(failed)} of {len(done) + len(failed)} could not be restored:{listed}")
 
 

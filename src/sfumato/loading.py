@@ -51,7 +51,8 @@ def load(pretrained_model_name_or_path: str | Path = "atelier", **kwargs: Any) -
 
     Args:
         pretrained_model_name_or_path: ``"atelier"`` (text to picture, 32x32), ``"atelier-pixel"`` (class-conditional
-            pixel DDPM, 16x16), a folder written by ``save_pretrained``, or an id on the Hugging Face Hub.
+            pixel DDPM, 16x16), a folder written by ``save_pretrained`` of diffusers' pipelines or ours, or an id on
+            the Hugging Face Hub.
         **kwargs: Passed on to ``DiffusionPipeline.from_pretrained``; ``dtype`` is float32 unless given, and
             ``use_safetensors`` is True always.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 import sfumato
 from sfumato import storage
 from sfumato.evaluation.report import picture_grid
+from sfumato.loading import EMBEDDED
 from sfumato.pipelines.restoration import RestorationPipeline, degraded_start
 from sfumato.pipelines.restoration_pictures import read_masks, read_pictures
 from sfumato.progress import Track
@@ -35,7 +36,7 @@ class RestoringConfig:
     Attributes:
         images: Files of pictures, and folders of such.
         output: A new or empty folder.
-        model: A folder or Hub id of a restoration pipeline.
+        model: A folder that ``save_pretrained`` of a restoration pipeline wrote.
         task: What is expected of the model: ``"sr"``, ``"inpaint"``, ``"denoise"`` or ``"deblur"``; None takes what
             it does.
         scale: Size of the result over that of the picture that is expected of the model; None takes the model's.
@@ -89,7 +90,7 @@ def run_restore(config: RestoringConfig) -> dict[str, Any]:
 
     Raises:
         FileExistsError: If the output folder holds something.
-        FileNotFoundError: If a picture, a mask or a boundary is missing.
+        FileNotFoundError: If a picture, the mask, the boundary or the model is missing.
         ValueError: If the settings, or the model, do not fit the task.
     """
     output = storage.check_output_dir(config.output, own=frozenset())
@@ -107,15 +108,15 @@ def run_restore(config: RestoringConfig) -> dict[str, Any]:
     call |= {} if mask is None else {"mask_image": mask}
     report: dict[str, Any] = {"settings": asdict(config), **_facts(pipe), "pictures": [], "failures": []}
     batches = [jobs[first : first + config.batch_size] for first in range(0, len(jobs), config.batch_size)]
-    for batch in Track(batches, "restore"):
-        for job, restored, seconds in _restore(pipe, batch, call, config.seed):
-            if restored is None:
-                report["failures"].append({"source": str(job.source), "error": job.error})
-                continue
-            compared = config.compare == "row"
-            facts = _write(output, job, restored, mask, pipe.config.scale, compared=compared)
-            report["pictures"].append({"source": str(job.source), **facts, "seconds": seconds})
-    storage.write_text(output / "restored.json", json.dumps(report, indent=1))
+    with storage.claimed(output, own=frozenset()):
+        for batch in Track(batches, "restore"):
+            for job, restored, seconds in _restore(pipe, batch, call, config.seed):
+                if restored is None:
+                    report["failures"].append({"source": str(job.source), "error": job.error})
+                    continue
+                facts = _write(output, job, restored, mask, pipe.config.scale, compared=config.compare == "row")
+                report["pictures"].append({"source": str(job.source), **facts, "seconds": seconds})
+        storage.write_text(output / "restored.json", json.dumps(report, indent=1))
     return report
 
 
@@ -183,6 +184,11 @@ def _noise(path: str) -> Tensor:
 
 def _load(config: RestoringConfig) -> Any:
     """Load the model, and see that it does what is expected."""
+    if config.model not in EMBEDDED and not Path(config.model).is_dir():
+        raise FileNotFoundError(
+            f"There is no model folder {config.model}. One on the Hub is fetched first: hf download REPO --local-dir"
+            " FOLDER."
+        )
     pipe: Any = sfumato.load(config.model)
     if not isinstance(pipe, RestorationPipeline):
         raise ValueError(
@@ -250,7 +256,7 @@ def _attempt(
         images = pipe([job.image for job in jobs], generator=generators, **call).images
     except (ValueError, RuntimeError) as error:  # the latter when memory runs out
         for job in jobs:
-            job.error = str(error)
+            job.error = f"{job.source} can't be restored ({error})"
         return None
     seconds = (time.perf_counter() - began) / len(jobs)
     return [(job, image, seconds) for job, image in zip(jobs, images, strict=True)]
@@ -279,7 +285,7 @@ def _row(image: Image.Image, restored: Image.Image, mask: Any, scale: int) -> Im
     columns = [F.interpolate(pixels, scale_factor=scale, mode="nearest")]
     columns += [degraded_start(pixels, scale).clamp(0, 1)] if scale > 1 else []
     columns += [result.pixels[None]]
-    return picture_grid(torch.stack(columns, dim=1), scale=max(1, 256 // result.size[1]), gap=8)
+    return picture_grid(torch.stack(columns, dim=1), scale=max(1, 256 // max(result.size)), gap=8)
 
 
 def _png(image: Image.Image, **options: Any) -> bytes:

@@ -21,7 +21,7 @@ import diffusers
 import sfumato
 from sfumato import storage
 
-__all__ = ["CustomCode", "add_custom_code", "find_custom_code", "scheduler_named"]
+__all__ = ["CustomCode", "add_custom_code", "find_custom_code", "scheduler_named", "ship_code"]
 
 _STOCK = ("diffusers", "transformers")
 
@@ -120,6 +120,27 @@ def add_custom_code(code: CustomCode, release: Path) -> None:
     if code.pipeline is not None:
         index["_class_name"] = _copy(code.pipeline, release)
     storage.write_text(release / "model_index.json", json.dumps(index, indent=2))
+
+
+def ship_code(folder: str | Path) -> None:
+    """Put our code into the folder of a saved pipeline, so that it loads where this package is not installed.
+
+    ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` loads it then.
+
+    Args:
+        folder: What ``save_pretrained`` wrote.
+
+    Raises:
+        FileNotFoundError: If it holds no pipeline.
+        ValueError: If the pipeline needs code that is not ours.
+    """
+    index = storage.read_json(Path(folder) / "model_index.json")
+    entry, named = index.get("scheduler"), index.get("_class_name")
+    if isinstance(named, list):  # it has code already, perhaps an older one's
+        index["_class_name"] = named[-1]
+    if isinstance(entry, list) and entry[-1] in sfumato.__all__:
+        index["scheduler"] = [f"sfumato.schedulers.{entry[0].rpartition('.')[2]}", entry[-1]]
+    add_custom_code(find_custom_code(index, None), Path(folder))
 
 
 def _copy(found: Any, folder: Path) -> list[str]:

@@ -1,0 +1,207 @@
+import json
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from PIL import Image
+
+import sfumato
+from sfumato import storage
+from sfumato.cli import main
+from sfumato.restoring import RestoringConfig, run_restore
+
+
+def save_model(folder, scale=2, masked=False):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        in_channels=6 + masked, out_channels=3, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
+    )  # fmt: skip
+    scheduler = sfumato.ResShiftScheduler(4, 0.2, latent_space=False, clip_sample=True)
+    sfumato.ResShiftPipeline(unet, scheduler, scale=scale, masked=masked).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def save_picture(path, size=(6, 4), mode="RGB", colour=0):
+    path.parent.mkdir(exist_ok=True)
+    picture = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(colour))
+    Image.fromarray(picture.byte().numpy()).convert(mode).save(path)
+    return str(path)
+
+
+def run(model, images, output, **settings):
+    return run_restore(
+        RestoringConfig(
+            images=images, output=str(output), model=model, num_inference_steps=2, device="cpu", **settings
+        )
+    )
+
+
+def test_a_folder_is_restored_beside_its_originals(model, tmp_path):
+    for name, mode in (("a.png", "RGB"), ("b.jpg", "L"), ("c.png", "RGBA")):
+        save_picture(tmp_path / "in" / name, mode=mode)
+    (tmp_path / "in" / "notes.txt").write_text("no picture")
+    report = run(model, [str(tmp_path / "in")], tmp_path / "out", task="sr", scale=2)
+    assert json.loads((tmp_path / "out" / "restored.json").read_text()) == report
+    assert report["failures"] == [] and [one["file"] for one in report["pictures"]] == ["a.png", "b.png", "c.png"]
+    for facts, mode in zip(report["pictures"], ("RGB", "L", "RGBA"), strict=True):
+        restored = Image.open(tmp_path / "out" / facts["file"])
+        assert (restored.size, restored.mode) == ((12, 8), mode) == ((facts["width"], facts["height"]), mode)
+        assert facts["seconds"] > 0
+        beside = Image.open(tmp_path / "out" / facts["comparison"])
+        large = 256 // 12
+        assert beside.size == (3 * 12 * large + 2 * 8, 8 * large)
+    assert report["pipeline"] == "ResShiftPipeline" and set(report["fingerprints"]) == {"unet"}
+    assert report["settings"]["seed"] == 0
+
+
+def test_the_comparison_shows_input_bicubic_and_result(model, tmp_path):
+    image = save_picture(tmp_path / "a.png", size=(3, 3))
+    run(model, [image], tmp_path / "out")
+    beside = Image.open(tmp_path / "out" / "comparisons" / "a.png").convert("RGB")
+    large = 256 // 6
+    width = 6 * large + 8
+    original, restored = Image.open(image), Image.open(tmp_path / "out" / "a.png")
+    for x in range(6):
+        assert beside.getpixel((x * large, 0)) == original.getpixel((x // 2, 0))
+        assert beside.getpixel((2 * width + x * large, 0)) == restored.getpixel((x, 0))
+
+
+def test_a_result_is_that_of_the_pipeline_whatever_is_restored_with_it(model, tmp_path):
+    images = [save_picture(tmp_path / f"{n}.png", colour=n, size=size) for n, size in enumerate([(4, 4), (5, 4)] * 2)]
+    run(model, images, tmp_path / "one", seed=3)
+    run(model, images, tmp_path / "many", seed=3, batch_size=3, compare="none")
+    pipe = sfumato.load(model)
+    pipe.set_progress_bar_config(disable=True)
+    for image in images:
+        name = image.rsplit("/", 1)[1]
+        expected = pipe(
+            Image.open(image), num_inference_steps=2, generator=torch.Generator().manual_seed(3)
+        ).images[0]  # fmt: skip
+        one, many = (Image.open(tmp_path / run / name) for run in ("one", "many"))
+        assert one.tobytes() == expected.tobytes()
+        worst = max(abs(a - b) for a, b in zip(one.tobytes(), many.tobytes(), strict=True))
+        assert worst <= 1  # rounding, which differs with the batch
+    assert not (tmp_path / "many" / "comparisons").exists()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_broken_file_completes_the_rest_and_is_listed(model, tmp_path, capsys, batch_size):
+    folder = tmp_path / "in"
+    for name in ("a.png", "c.png"):
+        save_picture(folder / name)
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:60])
+    (folder / "d.png").touch()
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["restore", str(folder), "--model", model, "--output", str(out), "--num-inference-steps", "1",
+             "--batch-size", str(batch_size), "--device", "cpu"]
+        )  # fmt: skip
+    message = str(stop.value.code)  # a text: printed, with exit status 1
+    assert message.startswith("error: 2 of 4 could not be restored:")
+    assert "b.png can't be read as a picture" in message and "d.png is empty" in message
+    report = json.loads((out / "restored.json").read_text())
+    assert [one["file"] for one in report["pictures"]] == ["a.png", "c.png"]
+    assert [one["source"] for one in report["failures"]] == [str(folder / "b.png"), str(folder / "d.png")]
+    assert (out / "a.png").is_file() and (out / "c.png").is_file()
+    assert "2 restored" in capsys.readouterr().out
+
+
+def test_pictures_of_one_name_get_files_of_their_own(model, tmp_path):
+    images = [save_picture(tmp_path / folder / name) for folder, name in (("x", "a.png"), ("y", "A.bmp"))]
+    images.append(images[0])  # named twice, restored once
+    report = run(model, images, tmp_path / "out", compare="none")
+    assert [one["file"] for one in report["pictures"]] == ["a.png", "A-2.png"]
+
+
+def test_nothing_is_overwritten(model, tmp_path):
+    image = save_picture(tmp_path / "a.png")
+    run(model, [image], tmp_path / "out")
+    before = (tmp_path / "out" / "a.png").read_bytes()
+    with pytest.raises(FileExistsError, match="Choose an empty or new output folder"):
+        run(model, [image], tmp_path / "out", seed=1)
+    with pytest.raises(FileExistsError):
+        run(model, [image], tmp_path)
+    assert (tmp_path / "out" / "a.png").read_bytes() == before
+
+
+def test_holes_are_filled_and_the_rest_is_kept(tmp_path):
+    model = save_model(tmp_path / "model", scale=1, masked=True)
+    image = save_picture(tmp_path / "a.png")
+    Image.frombytes("L", (6, 4), bytes([255, 255, 255, 0, 0, 0] * 4)).save(tmp_path / "mask.png")
+    report = run(model, [image], tmp_path / "out", task="inpaint", mask=str(tmp_path / "mask.png"))
+    before, after = Image.open(image), Image.open(tmp_path / "out" / "a.png")
+    assert before.crop((3, 0, 6, 4)).tobytes() == after.crop((3, 0, 6, 4)).tobytes()
+    assert before.crop((0, 0, 3, 4)).tobytes() != after.crop((0, 0, 3, 4)).tobytes()
+    beside = Image.open(tmp_path / "out" / report["pictures"][0]["comparison"])
+    assert beside.getpixel((0, 0)) == (0, 0, 0)  # the hole, as the network sees it
+    assert beside.size == (2 * 6 * 42 + 8, 4 * 42)  # the size stays: no bicubic
+
+
+def test_noise_that_was_searched_is_started_from(model, tmp_path):
+    image = save_picture(tmp_path / "a.png")
+    other = save_picture(tmp_path / "b.png", size=(9, 4))
+    noise = torch.randn(1, 3, 8, 12, generator=torch.Generator().manual_seed(5))
+    file = str(storage.save_tensors(tmp_path / "boundary.safetensors", {"noise": noise}))
+    report = run(model, [image, other], tmp_path / "out", boundary=file)
+    assert [one["file"] for one in report["pictures"]] == ["a.png"]
+    assert "`latents` must have the shape (1, 3, 8, 18)" in report["failures"][0]["error"]
+    pipe = sfumato.load(model)
+    expected = pipe(
+        Image.open(image), num_inference_steps=2, latents=noise, generator=torch.Generator().manual_seed(0)
+    ).images[0]  # fmt: skip
+    assert Image.open(tmp_path / "out" / "a.png").tobytes() == expected.tobytes()
+
+
+def test_the_profile_of_colours_is_kept(model, tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(path, icc_profile=b"a profile")
+    run(model, [str(path)], tmp_path / "out")
+    assert Image.open(tmp_path / "out" / "a.png").info["icc_profile"] == b"a profile"
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"task": "inpaint"}, "is a model for sr, not for inpaint"),
+        ({"task": "colourise"}, "`task` must be one of sr, inpaint, denoise, deblur, got 'colourise'"),
+        ({"scale": 4}, "gives 2 times the size, not 4 times: drop --scale"),
+        ({"compare": "grid"}, "`compare` must be row or none, got 'grid'"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"mask": "a.png"}, "is not given masks: drop --mask"),
+        ({"model": "atelier-pixel"}, "is a ClassConditionalPipeline, which restores no pictures"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused_before_any_file_is_written(
+    model, tmp_path, monkeypatch, settings, sentence
+):
+    save_picture(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=sentence):
+        run(**{"model": model, "images": ["a.png"], "output": "out", **settings})
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_missing_is_named(model, tmp_path):
+    image = save_picture(tmp_path / "a.png")
+    with pytest.raises(FileNotFoundError, match="There is no picture .*none.png"):
+        run(model, [image, str(tmp_path / "none.png")], tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="There is no model folder someone/model. One on the Hub"):
+        run("someone/model", [image], tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no pictures"):
+        run(model, [str(tmp_path / "empty")], tmp_path / "out")
+    filling = save_model(tmp_path / "model", scale=1, masked=True)
+    with pytest.raises(ValueError, match="fills holes: give --mask"):
+        run(filling, [image], tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="There is no picture .*mask.png"):
+        run(filling, [image], tmp_path / "out", mask=str(tmp_path / "mask.png"))
+    other = storage.save_tensors(tmp_path / "other.safetensors", {"scores": torch.zeros(1)})
+    with pytest.raises(ValueError, match="holds no tensor `noise`"):
+        run(model, [image], tmp_path / "out", boundary=str(other))
