@@ -128,6 +128,7 @@ def test_what_a_run_leaves(tmp_path, renders):
     assert manifest["method"] == "resshift" and manifest["seed"] == 0 and manifest["scale"] == 1
     assert set(manifest["settings"]) == {"job", "degradation", "network", "method", "training"}
     assert manifest["settings"]["degradation"]["blur"] == 1.0 and manifest["versions"]["torch"] == torch.__version__
+    assert str(tmp_path) not in (folder / "manifest.json").read_text()
     stored = storage.load_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float16}
     assert manifest["parameters"] == sum(value.numel() for value in stored.values())
@@ -263,7 +264,7 @@ def test_the_command_line_takes_a_file_of_settings_and_goes_before_it(tmp_path, 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stepps: 2", "'stepps' is none"), ("- 2", "must map settings to values"), ("a: [", "not valid YAML"),
+        ("stepps: 2", "'stepps' is none"), ("output: here", "'output' is none"), ("- 2", "must map settings to values"), ("a: [", "not valid YAML"),
         ("kappa: [1]", "`kappa` must be a finite number, got"),
     ],
 )  # fmt: skip

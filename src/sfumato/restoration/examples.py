@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -69,20 +70,24 @@ class Examples:
     ) -> None:  # fmt: skip
         self.pictures, self.degradation, self.batch_size, self.seed = pictures, degradation, batch_size, seed
         self.vae, self.conditioned = vae, conditioned
+        self._reader = ThreadPoolExecutor(1)
+        self._ahead: dict[tuple[int, Shard], Future[torch.Tensor]] = {}
 
     def draw(self, model: nn.Module, step: int, shard: Shard) -> Batch:
-        """Draw a shard of a step's batch.
+        """Draw a shard of a step's batch; the pictures of the next step are read while the model learns from these.
 
         Args:
             model: The network; pictures go to its device.
             step: The step.
             shard: Which part of its batch.
         """
-        span, device = shard.of(self.batch_size), next(model.parameters()).device
-        start = step * self.batch_size + span.start
-        keys = [(self.seed, start + k) for k in range(len(span))]
-        positions = permuted_indices(self.seed, len(self.pictures), start, len(span))
-        pictures = self.pictures.take(positions.tolist(), [(*key, PICTURE) for key in keys]).to(device)
+        reading = self._ahead.pop((step, shard), None)
+        pictures = self._read(step, shard) if reading is None else reading.result()
+        self._ahead = {wanted: read for wanted, read in self._ahead.items() if wanted[0] >= step}
+        if (step + 1, shard) not in self._ahead:
+            self._ahead[step + 1, shard] = self._reader.submit(self._read, step + 1, shard)
+        _, keys = self._samples(step, shard)
+        pictures = pictures.to(next(model.parameters()).device)
         with torch.no_grad():
             clean = encode_pixels(self.vae, pictures)
             if self.degradation is None:
@@ -92,6 +97,18 @@ class Examples:
             mask = None if found.mask is None else 2 * found.mask - 1
             told = condition_on_grid(found.picture, mask, clean.shape[-2:]) if self.conditioned else None
         return Batch(clean, degraded, told, keys)
+
+    def _samples(self, step: int, shard: Shard) -> tuple[int, list[Key]]:
+        """Where a shard begins among the run's samples, and their keys."""
+        span = shard.of(self.batch_size)
+        start = step * self.batch_size + span.start
+        return start, [(self.seed, start + k) for k in range(len(span))]
+
+    def _read(self, step: int, shard: Shard) -> torch.Tensor:
+        """Clean pictures (B, 3, S, S) in [-1, 1]."""
+        start, keys = self._samples(step, shard)
+        positions = permuted_indices(self.seed, len(self.pictures), start, len(keys))
+        return self.pictures.take(positions.tolist(), [(*key, PICTURE) for key in keys])
 
 
 def predict(

@@ -50,6 +50,8 @@ __all__ = ["JobConfig", "Method", "main", "train_restoration"]
 
 OWN_FILES = storage.JOB_FILES | set(validation.FILES)
 DTYPES = ("float32", "bfloat16", "float16")
+_OF_THE_CALL = {"output", "config", "resume"}
+"""What a file of settings does not hold, nor the manifest."""
 
 
 @dataclass
@@ -171,7 +173,7 @@ def _read_settings(file: str, configs: Sequence[Any]) -> dict[str, Any]:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
-    known = {entry.name for config in configs for entry in fields(config)} - {"output", "config", "resume"}
+    known = {entry.name for config in configs for entry in fields(config)} - _OF_THE_CALL
     if not isinstance(content, Mapping) or not set(content) <= known:
         wrong = sorted(set(map(str, content)) - known)[0] if isinstance(content, Mapping) else content
         raise ValueError(f"{file} must map settings to values, and {wrong!r} is none; --help lists them.")
@@ -348,7 +350,10 @@ class _Run:
 
     def _manifest(self, configs: Mapping[str, Any]) -> dict[str, Any]:
         packages = ("sfumato", "torch", "diffusers", "accelerate", "safetensors")
-        settings = {name: None if config is None else asdict(config) for name, config in configs.items()}
+        settings = {
+            name: None if config is None else {k: v for k, v in asdict(config).items() if k not in _OF_THE_CALL}
+            for name, config in configs.items()
+        }
         return {
             "method": self.method.name,
             **self.config,

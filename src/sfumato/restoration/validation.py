@@ -106,8 +106,9 @@ class Validation:
     Args:
         held_out: The pictures.
         scale: Size of the clean by that of the degraded ones.
-        distance: Beside PSNR and SSIM; None measures none. For generation, of the sets.
+        distance: Beside PSNR and SSIM; None measures none.
         folder: Where rows and pictures go.
+        between_sets: For generation, how far the pictures are from those held out; None does not measure that.
     """
 
     def __init__(
