@@ -40,6 +40,8 @@ class RDDMObjective:
         examples: What to learn from.
         scheduler: The two schedules.
         patch_size: Blocks that are folded into channels for the network.
+        clip_sample_range: Clip predicted residuals and pictures in [-1, 1] to plus and minus this; not in latents. The
+            released programs clip to 1, but the residual of a hole, where white may have become black, is 2.
         loss: ``"l1"`` or ``"l2"``.
         two_networks: Whether the heads are networks of their own, told levels in the place of the time.
     """
@@ -76,6 +78,8 @@ class RDDMConfig:
         sum_scale: S, variance of the noise at the last time; None is 0.01 for restoration, 1 for generation.
         prediction_type: What the heads put out: ``"pred_res_noise"``, ``"pred_x0_noise"``, ``"pred_res_add_noise"``,
             ``"pred_x0_add_noise"``, ``"pred_res"`` or ``"pred_noise"``.
+        clip_sample_range: Clip predicted residuals and pictures in [-1, 1] to plus and minus this; not in latents. The
+            released programs clip to 1, but the residual of a hole, where white may have become black, is 2.
         loss: ``"l1"`` or ``"l2"``; None is L1 for restoration, L2 for generation.
         two_networks: Take a network for each head.
         conditioned: Tell the network the degraded picture; generation has none.
@@ -87,6 +91,7 @@ class RDDMConfig:
     beta_schedule: str = "increased"
     sum_scale: float | None = None
     prediction_type: str = field(default="pred_res_noise", metadata={"choices": OBJECTIVES})
+    clip_sample_range: float = 2.0
     loss: str | None = None
     two_networks: bool = False
     conditioned: bool = True
@@ -108,7 +113,10 @@ class RDDMConfig:
 
     def scheduler(self, latent: bool) -> RDDMScheduler:
         """Make the schedules, for latents or for pixels."""
-        own = ("num_train_timesteps", "alpha_schedule", "beta_schedule", "sum_scale", "prediction_type")
+        own = (
+            "num_train_timesteps", "alpha_schedule", "beta_schedule", "sum_scale", "prediction_type",
+            "clip_sample_range",
+        )  # fmt: skip
         return RDDMScheduler(**{name: getattr(self, name) for name in own}, clip_sample=not latent)
 
 

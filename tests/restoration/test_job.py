@@ -136,7 +136,7 @@ def test_what_a_run_leaves(tmp_path, renders):
     sheet = Image.open(folder / "validation" / "step-00000006.png")
     assert sheet.size == (3 * 68, 6 * 68)  # degraded, restored, clean of 64x64 with a margin
     card = (folder / "README.md").read_text()
-    assert "# deblurring with ResShift" in card and "validation/step-00000006.png" in card and renders not in card
+    assert "# Deblurring with ResShift" in card and "validation/step-00000006.png" in card and renders not in card
     with pytest.raises(FileExistsError, match="already holds a finished model"):
         run(folder, renders)
 
@@ -150,7 +150,7 @@ def test_rddm_generates_too_and_two_networks_load(tmp_path, renders):
     assert pipe.noise_unet is not None and not pipe.config.conditioned
     assert pipe(batch_size=2, output_type="pt").images.shape == (2, 3, 32, 32)
     assert rows(folder)[-1]["distance"]["value"] > 0
-    assert "generation with RDDM" in (folder / "README.md").read_text()
+    assert "# Generation with RDDM" in (folder / "README.md").read_text()
 
 
 def test_regression_trains_by_the_same_job(tmp_path, renders):
@@ -264,7 +264,9 @@ def test_the_command_line_takes_a_file_of_settings_and_goes_before_it(tmp_path, 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stepps: 2", "'stepps' is none"), ("output: here", "'output' is none"), ("- 2", "must map settings to values"), ("a: [", "not valid YAML"),
+        ("stepps: 2", "'stepps' is none"),
+        ("output: here", "'output' is none"),
+        ("- 2", "must map settings to values"), ("a: [", "not valid YAML"),
         ("kappa: [1]", "`kappa` must be a finite number, got"),
     ],
 )  # fmt: skip

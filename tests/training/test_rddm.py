@@ -107,6 +107,19 @@ def test_two_networks_answer_one_head_each():
         assert torch.equal(half, unet(state, time).sample)
 
 
+@pytest.mark.parametrize("kind", ["pred_res_noise", "pred_x0_noise", "pred_res"])
+def test_what_is_learnt_well_fills_a_hole_with_white(kind):
+    """There the residual is -2, which the released programs' clipping would halve."""
+    scheduler = RDDMConfig(prediction_type=kind).scheduler(latent=False)
+    x0, y = torch.full((1, 3, 4, 4), 0.98), torch.full((1, 3, 4, 4), -1.0)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    scheduler.set_timesteps(5)
+    x = scheduler.initial_sample(y, noise)
+    for time in scheduler.timesteps:
+        x = scheduler.step(scheduler.training_target(x0, noise, time[None], y), time, x, y).prev_sample
+    assert torch.allclose(x, x0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

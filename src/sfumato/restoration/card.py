@@ -37,23 +37,25 @@ def make_card(title: str, manifest: Mapping[str, Any], validation: Validation) -
     )
     size = settings["job"]["size"]
     lines = [
-        "---", data.to_yaml(), "---", "", f"# {scaled}{task} with {title}", "",
+        "---", data.to_yaml(), "---", "", f"# {scaled + task if scaled else task.capitalize()} with {title}", "",
         f"Trained by sfumato on pictures of {size}x{size}, {settings['training']['steps']} steps of "
         f"{settings['job']['batch_size']}; {manifest['parameters'] / 1e6:.2f} million weights.", "",
-        *_usage(title, degradation is None), *_table(validation), *_picture(validation), "## Degradation", "",
+        *_usage(title, None if degradation is None else degradation["task"]), *_table(validation),
+        *_picture(validation), "## Degradation", "",
         "None: the model generates." if degradation is None else f"```json\n{json.dumps(degradation, indent=1)}\n```",
         "", "All settings, the seed, versions and fingerprints are in `manifest.json`.", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
 
-def _usage(title: str, generates: bool) -> list[str]:
+def _usage(title: str, task: str | None) -> list[str]:
     """How to load it; the regression of benchmarks has no pipeline."""
     name = f"{title.partition(' ')[0]}Pipeline"
     if name not in ("ResShiftPipeline", "RDDMPipeline"):
         return []
-    call = "pipe(batch_size=4).images" if generates else 'pipe(Image.open("degraded.png")).images[0]'
-    lines = [*([] if generates else ["from PIL import Image"]), f"from sfumato import {name}", ""]
+    mask = ', Image.open("holes.png")' if task == "inpaint" else ""
+    call = "pipe(batch_size=4).images" if task is None else f'pipe(Image.open("degraded.png"){mask}).images[0]'
+    lines = [*([] if task is None else ["from PIL import Image"]), f"from sfumato import {name}", ""]
     return ["```python", *lines, f'pipe = {name}.from_pretrained("FOLDER")', call, "```", ""]
 
 
