@@ -137,10 +137,11 @@ def _files(images: Sequence[str]) -> list[Path]:
     known, found = set(Image.registered_extensions()), []
     for path in map(Path, images):
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in known and file.is_file())
+            shown = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+            inside = [file for file in shown if file.suffix.lower() in known]
             if not inside:
                 raise ValueError(f"The folder {path} holds no pictures.")
-            found += [file for file in inside if not file.name.startswith(".")]
+            found += inside
         elif path.is_file():
             found.append(path)
         else:
