@@ -1,5 +1,7 @@
 """Scores of restored pictures: a value a picture, as the definitions and torchmetrics say."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -106,3 +108,9 @@ def test_distances_that_can_not_be_had_are_named():
         find_distance("lpips:resnet")
     with pytest.raises(ValueError, match="There are no features 'eyes'"):
         find_distance("eyes")
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is here, and may fetch weights")
+def test_lpips_without_its_network_says_what_to_install():
+    with pytest.raises(ImportError, match="LPIPS needs: pip install torchmetrics torchvision"):
+        find_distance("lpips:alex")
