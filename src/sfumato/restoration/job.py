@@ -220,9 +220,9 @@ def train_restoration(
     }  # fmt: skip
     method.assemble(model, vae, config)  # says what does not fit
     first = int(os.environ.get("RANK", 0)) == 0
+    source, others = _pictures(job, training.seed, shown=first)
     with storage.claimed(folder if first else None, resume=job.resume, own=OWN_FILES):
         accelerator = make_accelerator(training, folder)
-        source, others = _pictures(job, training.seed, shown=accelerator.is_main_process)
         if vae is not None:
             vae.to(accelerator.device)
         examples = Examples(source, asked, job.batch_size, training.seed, vae, method.conditioned)

@@ -33,7 +33,6 @@ class NetworkConfig:
         attention_levels: How many of the coarsest resolutions have self-attention.
         attention_head_dim: Channels of each attention head.
         norm_num_groups: Groups of the normalisations.
-        dropout: Of the residual blocks.
     """
 
     vae: str | None = None
@@ -43,18 +42,12 @@ class NetworkConfig:
     attention_levels: int = 1
     attention_head_dim: int = 24
     norm_num_groups: int = 8
-    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the numbers."""
         check_types(self)
-        check_ranges(
-            self,
-            {"patch_size": 1, "layers_per_block": 1, "attention_levels": 0, "attention_head_dim": 1, "dropout": 0,
-             "norm_num_groups": 1},
-        )  # fmt: skip
-        if self.dropout >= 1:
-            raise ValueError(f"`dropout` must lie in [0, 1), got {self.dropout}.")
+        counts = ("patch_size", "layers_per_block", "attention_head_dim", "norm_num_groups")
+        check_ranges(self, {**dict.fromkeys(counts, 1), "attention_levels": 0})
         if not self.channels or any(not isinstance(width, int) or width < 1 for width in self.channels):
             raise ValueError(f"`channels` must be whole numbers from 1 on, one a resolution, got {self.channels}.")
         for name, of in (("norm_num_groups", self.channels), ("attention_head_dim", self._attending)):
@@ -133,7 +126,7 @@ def make_unet(config: NetworkConfig, grid: Grid, heads: int) -> UNet2DModel:
         sample_size=grid.side // patch, in_channels=(grid.channels + grid.told) * patch**2,
         out_channels=heads * grid.channels * patch**2, block_out_channels=tuple(config.channels),
         layers_per_block=config.layers_per_block, attention_head_dim=config.attention_head_dim,
-        norm_num_groups=config.norm_num_groups, dropout=config.dropout,
+        norm_num_groups=config.norm_num_groups,
         down_block_types=tuple("AttnDownBlock2D" if attends else "DownBlock2D" for attends in attending),
         up_block_types=tuple("AttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attending)),
     )  # fmt: skip
