@@ -9,14 +9,14 @@ Residual R = y - x0 (y the degraded picture, 0 for generation) and noise are add
     loss = sum over heads of mean |target - head(x_t, t, y)|          restoration (L1)
                           or mean (target - head(x_t, t))^2           generation (L2)
 
-The heads' targets are R and noise unless `prediction_type` says otherwise. With `two_networks`, each head is a network
-of its own, told A_t T or B_t T, and both are trained by one optimiser. ``--help`` lists every setting.
+The heads' targets are R and noise, or one of them, or x0, as `prediction_type` says. With `two_networks`, each head is
+a network of its own, told A_t T or B_t T, and both are trained by one optimiser. ``--help`` lists every setting.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from sfumato.pipelines.pipeline_rddm import RDDMPipeline
 from sfumato.restoration.examples import Examples, predict
 from sfumato.restoration.job import Method, main
 from sfumato.restoration.networks import NetworkConfig
-from sfumato.schedulers.residual_schedule import OBJECTIVES, TWO_HEADS
+from sfumato.schedulers.residual_schedule import TWO_HEADS
 from sfumato.schedulers.scheduling_rddm import RDDMScheduler
 from sfumato.settings import check_types
 from sfumato.trainer import Shard
@@ -77,7 +77,9 @@ class RDDMConfig:
         beta_schedule: Weights of the noise's variance, likewise.
         sum_scale: S, variance of the noise at the last time; None is 0.01 for restoration, 1 for generation.
         prediction_type: What the heads put out: ``"pred_res_noise"``, ``"pred_x0_noise"``, ``"pred_res_add_noise"``,
-            ``"pred_x0_add_noise"``, ``"pred_res"`` or ``"pred_noise"``.
+            ``"pred_x0_add_noise"``, ``"pred_res"`` or ``"pred_noise"``. None is the first for generation and for two
+            networks, otherwise ``"pred_res"``: with as little noise as restoration has, a head for it learns slowly
+            and takes the other's share of the gradient.
         clip_sample_range: Clip predicted residuals and pictures in [-1, 1] to plus and minus this; not in latents. The
             released programs clip to 1, but the residual of a hole, where white may have become black, is 2.
         loss: ``"l1"`` or ``"l2"``; None is L1 for restoration, L2 for generation.
@@ -90,7 +92,7 @@ class RDDMConfig:
     alpha_schedule: str = "decreased"
     beta_schedule: str = "increased"
     sum_scale: float | None = None
-    prediction_type: str = field(default="pred_res_noise", metadata={"choices": OBJECTIVES})
+    prediction_type: str | None = None
     clip_sample_range: float = 2.0
     loss: str | None = None
     two_networks: bool = False
@@ -102,6 +104,8 @@ class RDDMConfig:
         check_types(self)
         if self.sum_scale is None:
             self.sum_scale = 1.0 if self.generation else 0.01
+        if self.prediction_type is None:
+            self.prediction_type = "pred_res_noise" if self.generation or self.two_networks else "pred_res"
         if self.loss is None:
             self.loss = "l2" if self.generation else "l1"
         if self.loss not in ("l1", "l2"):

@@ -86,7 +86,7 @@ def test_generation_is_the_sum_of_squared_errors_with_a_residual_of_minus_x0():
 
 
 def test_without_a_condition_the_network_sees_the_state_alone():
-    model, *_ = made(2, degradation=Degradation("denoise"), conditioned=False)
+    model, *_ = made(1, degradation=Degradation("denoise"), conditioned=False)
     assert model.seen[0].shape[1] == 3
 
 
@@ -107,6 +107,13 @@ def test_two_networks_answer_one_head_each():
         assert torch.equal(half, unet(state, time).sample)
 
 
+def test_restoration_learns_the_residual_and_generation_the_noise_too():
+    assert RDDMConfig().prediction_type == "pred_res"
+    assert {RDDMConfig(generation=True).prediction_type, RDDMConfig(two_networks=True).prediction_type} == {
+        "pred_res_noise"
+    }
+
+
 @pytest.mark.parametrize("kind", ["pred_res_noise", "pred_x0_noise", "pred_res"])
 def test_what_is_learnt_well_fills_a_hole_with_white(kind):
     """There the residual is -2, which the released programs' clipping would halve."""
@@ -125,7 +132,8 @@ def test_what_is_learnt_well_fills_a_hole_with_white(kind):
     [
         ({"loss": "huber"}, "`loss` must be l1 or l2, got 'huber'"),
         ({"prediction_type": "pred_res", "two_networks": True}, "`two_networks` needs a prediction of two heads"),
-        ({"prediction_type": "epsilon"}, "`prediction_type` must be one of"),
+        ({"prediction_type": "pred_all"}, "`prediction_type` must be one of"),
+        ({"prediction_type": "epsilon"}, "is that of a model of DDPM"),
         ({"num_train_timesteps": 1}, "`num_train_timesteps` must be a whole number from 2 on"),
         ({"sum_scale": 2.0}, "`sum_scale` is a variance"),
         ({"alpha_schedule": "steep"}, "alpha_schedule"),
