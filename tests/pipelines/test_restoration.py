@@ -11,6 +11,7 @@ from sfumato.pipelines.restoration import (
     condition_channels,
     condition_on_grid,
     degraded_start,
+    encode_pixels,
     network_input,
     network_output,
     pad_to_multiple,
@@ -145,6 +146,14 @@ def test_one_noise_serves_all_pictures_of_a_size(restorers):
         pipe(same, latents=torch.zeros(1, 3, 8, 8))
 
 
+def test_what_was_padded_at_the_right_and_the_bottom_is_cropped(restorers):
+    pipe = restorers.pipe(scale=2, patch_size=2, network=restorers.oracle)
+    answer = pictures(1, 3, 12, 8)
+    pipe.unet.answer = answer * 2 - 1
+    found = restore(pipe, pictures(3, 5, 3, seed=1))
+    assert torch.allclose(found, answer[..., :10, :6], atol=1e-6)
+
+
 # ------------------------------------------------------------ tiles
 
 
@@ -204,6 +213,25 @@ def test_what_is_not_masked_stays_to_the_bit(restorers, kind, mode):
     assert not torch.equal(before[mask == 1], after[mask == 1])
 
 
+def test_what_is_not_masked_stays_to_the_last_bit_of_floats(restorers):
+    image, mask = pictures(1, 3, 6, 5), torch.zeros(6, 5)
+    mask[:2] = 1
+    found = restore(restorers.pipe(masked=True), image, mask_image=mask, num_inference_steps=2)
+    assert torch.equal(found[..., 2:, :], image[..., 2:, :])
+    assert not torch.equal(found[..., :2, :], image[..., :2, :])
+
+
+def test_a_network_is_told_where_holes_are(restorers):
+    pipe = restorers.pipe(masked=True, network=restorers.oracle)
+    pipe.unet.answer = torch.zeros(1, 3, 4, 6)
+    image, mask = pictures(1, 3, 4, 6), torch.zeros(4, 6)
+    mask[1, 2:] = 1
+    restore(pipe, image, mask_image=mask, num_inference_steps=1)
+    told = pipe.unet.seen[0][0, 3:]
+    assert torch.equal(told[3], mask * 2 - 1)
+    assert torch.equal(told[:3], torch.where(mask > 0, -1, image[0] * 2 - 1))
+
+
 def test_what_is_masked_is_not_seen(restorers):
     pipe = restorers.pipe(masked=True)
     image, mask = pictures(1, 3, 8, 8), torch.zeros(1, 1, 8, 8)
@@ -246,10 +274,12 @@ def test_a_network_that_knows_the_clean_latents_gives_what_they_decode_to(restor
     pipe = restorers.pipe(scale=4, vae=restorers.vae(vae, 4), network=restorers.oracle)
     clean = pictures(1, 3, 16, 24) * 2 - 1
     with torch.no_grad():
+        chain = encode_pixels(pipe.vae, clean)
         encoded = pipe.vae.encode(clean)
         latents = encoded.latents if vae == "vq" else encoded.latent_dist.mode()
         decoded = pipe.vae.decode(latents).sample  # which quantises, in the one that does
     pipe.unet.answer = latents * pipe.vae.config.scaling_factor
+    assert torch.equal(chain, pipe.unet.answer)
     found = restore(pipe, pictures(3, 4, 6, seed=1))
     assert torch.allclose(found, (decoded / 2 + 0.5).clamp(0, 1), atol=1e-5)
 
