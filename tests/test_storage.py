@@ -166,3 +166,15 @@ def test_a_job_with_files_of_its_own_resumes_among_them_only(tmp_path):
         storage.check_output_dir(tmp_path, resume=True)
     with pytest.raises(FileExistsError, match="--resume"):
         storage.check_output_dir(tmp_path, own={"pictures"})
+
+
+def test_a_result_is_moved_up_and_replaces_what_was_there(tmp_path):
+    for folder in (tmp_path / "unet", tmp_path / "result" / "unet"):
+        folder.mkdir(parents=True)
+        (folder / f"of-{folder.parent.name}.txt").write_text("weights")
+    for name in ("model_index.json", "history.json"):
+        (tmp_path / "result" / name).write_text(name)
+    (tmp_path / "logs").mkdir()
+    storage.put_in_place(tmp_path / "result", "model_index.json")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"unet", "logs", "model_index.json", "history.json"}
+    assert [file.name for file in (tmp_path / "unet").iterdir()] == ["of-result.txt"]

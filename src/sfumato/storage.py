@@ -28,6 +28,7 @@ __all__ = [
     "check_output_dir",
     "fingerprint",
     "inside",
+    "put_in_place",
     "load_tensors",
     "load_tensors_of",
     "read_json",
@@ -79,6 +80,21 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def put_in_place(result: Path, last: str) -> None:
+    """Move what a finished result's folder holds up beside it, and remove the folder.
+
+    Args:
+        result: The folder; files and folders of the same names beside it are replaced.
+        last: The file that says that all is there: a kill before it was moved leaves a run that can be resumed.
+    """
+    for entry in sorted(result.iterdir(), key=lambda path: path.name == last):
+        target = result.with_name(entry.name)
+        if target.is_dir():
+            shutil.rmtree(target)
+        entry.replace(target)
+    result.rmdir()
 
 
 def _sync(path: Path) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from sfumato import storage
 from sfumato.sharding import whole
 
-__all__ = ["Stored", "check_same_run", "load", "newest", "processes_of", "save"]
+__all__ = ["Stored", "best_weights", "check_same_run", "load", "newest", "processes_of", "save", "step_of"]
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -28,6 +28,17 @@ _FILES = ("weights.safetensors", "optimizer.safetensors", "average.safetensors",
 def newest(output_dir: Path) -> Path | None:
     """Find the newest checkpoint in a job's output folder; None if there is none."""
     return max(output_dir.glob("checkpoints/step-*"), default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Give the optimiser steps that had been taken at a checkpoint."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def best_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Read what would be the result if the run ended at a checkpoint: the average, if it keeps one, or the weights."""
+    average = checkpoint / "average.safetensors"
+    return storage.load_tensors(average if average.exists() else checkpoint / "weights.safetensors")
 
 
 def check_same_run(checkpoint: Path, identity: Mapping[str, Any]) -> None:

@@ -93,12 +93,7 @@ def write_result(
         facts = {**manifest, "saved": saved, "originals": _originals(base, result)}
         storage.write_text(partial / "manifest.json", json.dumps(facts, indent=1))
     last = "model_index.json" if "full" in config.save else "manifest.json"  # it says that all is there
-    for entry in sorted((folder / "result").iterdir(), key=lambda path: path.name == last):
-        target = folder / entry.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        entry.replace(target)
-    (folder / "result").rmdir()
+    storage.put_in_place(folder / "result", last)
     for leftover in ("checkpoints", "examples"):
         shutil.rmtree(folder / leftover, ignore_errors=True)
 

@@ -1,0 +1,1 @@
+"""Training restoration: pictures and their degradations, scores of what is restored, and the job that joins them."""

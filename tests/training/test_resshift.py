@@ -1,0 +1,98 @@
+"""ResShift's objective is its equation."""
+
+import pytest
+import torch
+from torch import nn
+
+from sfumato.restoration.degradations import Degradation
+from sfumato.restoration.examples import Examples
+from sfumato.trainer import Shard
+from sfumato.training.resshift import ResShiftConfig, ResShiftObjective
+
+ROOTS = (0.1, 0.520096, 0.761382, 0.99)  # of eta, for T = 4, m = 0.2, k = 2: the sheet's
+
+
+class Noise:
+    """Pictures that are noise, each its own by its position."""
+
+    size = 8
+
+    def __len__(self):
+        return 40
+
+    def take(self, positions, keys=None):
+        drawn = [torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(int(p))) for p in positions]
+        return 2 * torch.stack(drawn) - 1
+
+    def facts(self):
+        return {}
+
+
+class Echo(nn.Module):
+    """Gives back the first channels of what it is given, weighted; remembers it."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight, self.channels = nn.Parameter(torch.tensor(0.7)), channels
+
+    def forward(self, model_input, times, return_dict=False):
+        self.seen = model_input, times
+        return (self.weight * model_input[:, : self.channels],)
+
+
+def folded(values):
+    """Blocks of 2x2 in channels: c, row, column."""
+    b, c, h, w = values.shape
+    return values.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "residual", "epsilon", "epsilon_scale"])
+@pytest.mark.parametrize("task", ["sr", "inpaint"])
+def test_loss_is_the_equation(task, prediction_type):
+    examples = Examples(Noise(), Degradation(task, scale=2 if task == "sr" else None), 6, seed=3)
+    config, model = ResShiftConfig(prediction_type=prediction_type), Echo(12)
+    found = ResShiftObjective(examples, config.scheduler(latent=False), 2, False).losses(model, 5, Shard(0, 1))
+    batch = examples.draw(model, 5, Shard(0, 1))
+    x0, y, noise, times = batch.clean, batch.degraded, batch.noise(), batch.times(4)
+    assert len(set(times.tolist())) > 1
+    s = torch.tensor(ROOTS)[times].reshape(-1, 1, 1, 1)
+    x = x0 + s**2 * (y - x0) + 2 * s * noise
+    told = torch.cat([x / (6 * s + 1), batch.condition], 1)
+    assert torch.allclose(model.seen[0], folded(told), atol=1e-5)
+    assert torch.equal(model.seen[1], times)
+    target = {"sample": x0, "residual": y - x0, "epsilon": noise, "epsilon_scale": 2 * s * noise}[prediction_type]
+    weights = 1 / (2 * s) ** 2 if prediction_type == "epsilon_scale" else torch.ones_like(s)
+    expected = (weights * (target - 0.7 * x / (6 * s + 1)) ** 2).mean()
+    assert found["mse"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_network_is_told_the_degraded_picture_and_the_mask():
+    examples = Examples(Noise(), Degradation("inpaint"), 4, seed=0)
+    batch = examples.draw(Echo(12), 0, Shard(0, 1))
+    picture, mask = batch.condition[:, :3], batch.condition[:, 3:]
+    assert set(mask.unique().tolist()) == {-1.0, 1.0}
+    assert torch.equal(picture, torch.where(mask > 0, -1.0, batch.clean)) and torch.equal(picture, batch.degraded)
+
+
+def test_samples_do_not_depend_on_how_a_batch_is_shared():
+    examples = Examples(Noise(), Degradation("sr", scale=2, noise=0.1), 8, seed=1)
+    whole = examples.draw(Echo(12), 2, Shard(0, 1))
+    parts = [examples.draw(Echo(12), 2, Shard(k, 4)) for k in range(4)]
+    for name in ("clean", "degraded", "condition"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
+    assert torch.equal(whole.noise(), torch.cat([part.noise() for part in parts]))
+    assert torch.equal(whole.times(1000), torch.cat([part.times(1000) for part in parts]))
+    assert not torch.equal(whole.clean, examples.draw(Echo(12), 3, Shard(0, 1)).clean)
+
+
+def test_noise_level_is_the_published_one_for_4_and_15_steps():
+    assert ResShiftConfig().min_noise_level == 0.2
+    assert ResShiftConfig(num_train_timesteps=15).min_noise_level == 0.04
+    assert ResShiftConfig(num_train_timesteps=15, min_noise_level=0.1).scheduler(True).config.min_noise_level == 0.1
+
+
+def test_chains_without_a_meaning_are_refused():
+    with pytest.raises(ValueError, match="`num_train_timesteps` must be a whole number from 2 on, got 1"):
+        ResShiftConfig(num_train_timesteps=1)
+    with pytest.raises(ValueError, match="prediction_type"):
+        ResShiftConfig(prediction_type="velocity")
