@@ -276,7 +276,47 @@ def mask(line, folder):
     assert "extra_mb: 1/" in printed
 
 
+def training_speed(line, folder):
+    words = line.split()
+    printed = run([sys.executable, str(ROOT / words[1]), "--batch_size", "2", "--steps", "1", "--rounds", "1"], folder)
+    assert "a plain loop" in printed and "checkpointing" in printed
+
+
+def evaluation_speed(line, folder):
+    words = line.split()
+    few = ["--pictures", "4", "--num_inference_steps", "2", "--rounds", "1"]
+    assert "by batching" in run([sys.executable, str(ROOT / words[1]), *few], folder)
+
+
+def attack_speed(line, folder):
+    words = line.split()
+    few = ["--prompts", "2", "--times", "1", "--iterations", "1", "--num_inference_steps", "2", "--rounds", "1"]
+    assert "prompts/s" in run([sys.executable, str(ROOT / words[1]), *few], folder)
+
+
+def enlarger(line, folder):
+    """A few steps on some of the shipped pictures, in the place of one's own."""
+    (folder / "photos").mkdir()
+    for path in sorted((ROOT / "src" / "sfumato" / "assets" / "renders").glob("*.png"))[:12]:
+        (folder / "photos" / path.name).write_bytes(path.read_bytes())
+    few = ["--size", "32", "--steps", "2", "--warmup_steps", "0", "--batch_size", "2", "--held_out_pictures", "2"]
+    launch(line, folder, *few)
+    assert (folder / "enlarger" / "model_index.json").exists()
+
+
+def restore(line, folder):
+    enlarger(next(command for command in COMMANDS if "training/resshift.py" in command), folder)
+    (folder / "small.png").write_bytes(next((folder / "photos").iterdir()).read_bytes())
+    run(line.split(), folder)
+    assert (folder / "restored" / "small.png").exists() and (folder / "restored" / "comparisons").is_dir()
+
+
 RUNS = {
+    "python benchmarks/training_speed.py": training_speed,
+    "python benchmarks/evaluation_speed.py": evaluation_speed,
+    "python benchmarks/attack_speed.py": attack_speed,
+    "accelerate launch training/resshift.py --data photos --task sr --scale 4 --output enlarger": enlarger,
+    "sfumato restore small.png --task sr --scale 4 --model enlarger --output restored": restore,
     "python benchmarks/step_time.py --threads 1": step_time,
     'sfumato invert src/sfumato/assets/renders/120-sandal-photo-red.png --prompt "a photo of a red sandal" --exact '
     "--output inverted": invert,
