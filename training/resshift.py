@@ -47,6 +47,7 @@ class ResShiftObjective:
     def losses(self, model: nn.Module, step: int, shard: Shard) -> Mapping[str, torch.Tensor]:
         """See `sfumato.trainer.Objective`."""
         batch = self.examples.draw(model, step, shard)
+        assert batch.degraded is not None  # there is no generation by this chain
         noise, times = batch.noise(), batch.times(self.scheduler.config.num_train_timesteps)
         pair = batch.clean, noise, times, batch.degraded
         state = self.scheduler.scale_model_input(self.scheduler.add_noise(*pair), times)
