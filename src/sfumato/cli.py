@@ -31,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _make_parser() -> argparse.ArgumentParser:
     from sfumato import __version__
 
-    parser = argparse.ArgumentParser(prog="sfumato", description="Samplers, exact inversion and concept unlearning.")
+    parser = argparse.ArgumentParser(
+        prog="sfumato", description="Samplers, exact inversion, restoration and concept unlearning."
+    )
     parser.add_argument("--version", action="version", version=f"sfumato {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
