@@ -87,7 +87,9 @@ class Tiles:
             ``(B, channels, h, w)``.
         """
         if len(self) == 1:
-            return network(sample, condition)
+            parts = sample.split(self.batch_size or len(sample))
+            told = [None] * len(parts) if condition is None else condition.split(self.batch_size or len(sample))
+            return torch.cat([network(part, known) for part, known in zip(parts, told, strict=True)])
         places = [
             (picture, row, column)
             for row in range(len(self.rows))
