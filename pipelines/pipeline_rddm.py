@@ -29,6 +29,7 @@ from .restoration_tiles import Tiling
 
 __all__ = ["RDDMPipeline"]
 
+STEPS = 5
 TWO_HEADS = ("pred_res_noise", "pred_res_add_noise", "pred_x0_noise", "pred_x0_add_noise")
 
 
@@ -57,6 +58,7 @@ class RDDMPipeline(RestorationPipeline):
     model_cpu_offload_seq = "unet->noise_unet->vae"
     _optional_components = ["vae", "noise_unet"]
     _sampler = "RDDMScheduler"
+    _default_steps = STEPS
 
     def __init__(
         self,
@@ -79,7 +81,7 @@ class RDDMPipeline(RestorationPipeline):
         self,
         image: Any = None,
         mask_image: Any = None,
-        num_inference_steps: int = 5,
+        num_inference_steps: int = STEPS,
         eta: float = 0.0,
         two_phase: bool = False,
         batch_size: int = 1,

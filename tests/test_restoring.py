@@ -35,11 +35,8 @@ def save_picture(path, size=(6, 4), mode="RGB", colour=0):
 
 
 def run(model, images, output, **settings):
-    return run_restore(
-        RestoringConfig(
-            images=images, output=str(output), model=model, num_inference_steps=2, device="cpu", **settings
-        )
-    )
+    settings = {"num_inference_steps": 2, "device": "cpu", **settings}
+    return run_restore(RestoringConfig(images=images, output=str(output), model=model, **settings))
 
 
 def test_a_folder_is_restored_beside_its_originals(model, tmp_path):
@@ -186,6 +183,49 @@ def test_settings_that_do_not_fit_the_model_are_refused_before_any_file_is_writt
     with pytest.raises(ValueError, match=sentence):
         run(**{"model": model, "images": ["a.png"], "output": "out", **settings})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"num_inference_steps": 9}, r"`num_inference_steps` must be a whole number in \[1, 4\] .* got 9"),
+        ({"tile_size": -3}, "`tile_size` must be a whole multiple of 1 pixels .* got -3"),
+        ({"tile_size": 8, "tile_overlap": 8}, "`tile_overlap` must be from 0 to below the tile's 8 pixels, got 8"),
+        ({"tile_overlap": -1}, "`tile_overlap` must be 0 or more, got -1"),
+    ],
+)
+def test_settings_of_the_run_are_wrong_once_and_not_for_every_picture(model, tmp_path, settings, sentence):
+    image = save_picture(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=sentence):
+        run(model, [image], tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def save_mask(path, size=(6, 4), value=255):
+    Image.new("L", size, value).save(path)
+    return str(path)
+
+
+def test_a_mask_that_fits_no_picture_is_refused_once(tmp_path):
+    model = save_model(tmp_path / "model", scale=1, masked=True)
+    image, other = save_picture(tmp_path / "a.png"), save_picture(tmp_path / "b.png", size=(5, 4))
+    wrong = {
+        "black.png": ({"value": 0}, "black.png: `mask_image` marks nothing"),
+        "small.png": ({"size": (3, 3)}, r"small.png: `mask_image` must have the picture's size: .*\(3, 3\)"),
+    }
+    for name, (how, sentence) in wrong.items():
+        with pytest.raises(ValueError, match=sentence):
+            run(model, [image, other], tmp_path / "out", mask=save_mask(tmp_path / name, **how))
+    Image.new("I", (6, 4), 70000).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match="deep.tif: `image` must have values in"):
+        run(model, [image], tmp_path / "out", mask=str(tmp_path / "deep.tif"))
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="broken.png can't be read as a picture"):
+        run(model, [image], tmp_path / "out", mask=str(tmp_path / "broken.png"))
+    assert not (tmp_path / "out").exists()
+    report = run(model, [other, image], tmp_path / "out", mask=save_mask(tmp_path / "mask.png"))
+    assert [one["file"] for one in report["pictures"]] == ["a.png"]  # the other's size is its own failure
+    assert "must have the picture's size" in report["failures"][0]["error"]
 
 
 def test_what_is_missing_is_named(model, tmp_path):

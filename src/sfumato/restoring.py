@@ -21,7 +21,7 @@ from sfumato import storage
 from sfumato.evaluation.report import picture_grid
 from sfumato.loading import EMBEDDED
 from sfumato.pipelines.restoration import RestorationPipeline, degraded_start
-from sfumato.pipelines.restoration_pictures import read_masks, read_pictures
+from sfumato.pipelines.restoration_pictures import Picture, read_masks, read_pictures
 from sfumato.progress import Track
 
 __all__ = ["RestoringConfig", "run_restore"]
@@ -104,8 +104,10 @@ def run_restore(config: RestoringConfig) -> dict[str, Any]:
         for name in ("num_inference_steps", "tile_size", "tile_overlap")
         if getattr(config, name) is not None
     }
+    pipe.check_settings(**call)
     call |= {} if latents is None else {"latents": latents}
     call |= {} if mask is None else {"mask_image": mask}
+    _check_fit(pipe, jobs, config, call)
     report: dict[str, Any] = {"settings": asdict(config), **_facts(pipe), "pictures": [], "failures": []}
     batches = [jobs[first : first + config.batch_size] for first in range(0, len(jobs), config.batch_size)]
     with storage.claimed(output, own=frozenset()):
@@ -208,6 +210,47 @@ def _load(config: RestoringConfig) -> Any:
         raise ValueError(f"{config.model} is not given masks: drop --mask.")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _check_fit(pipe: Any, jobs: Sequence[_Job], config: RestoringConfig, call: dict[str, Any]) -> None:
+    """Raise a ValueError for a mask or noise that fits none of the pictures: that is no fault of theirs."""
+    mask, latents = call.get("mask_image"), call.get("latents")
+    if mask is not None:
+        _check_mask(mask, _named(mask, config.mask), config.mask)  # it has its own size; does it mark anything?
+    misfit: ValueError | None = None
+    for job in jobs if call.keys() & {"mask_image", "latents"} else ():
+        try:
+            picture = _named(_read(job.source), job.source)
+        except (ValueError, OSError):
+            continue  # said when it is its turn
+        try:
+            if mask is not None:
+                _check_mask(mask, picture, config.mask)
+            if latents is not None and tuple(latents.shape) != (1, *(shape := pipe.latents_shape(*picture.size))):
+                raise ValueError(
+                    f"The noise of {config.boundary} has the shape {tuple(latents.shape)}, {job.source} needs"
+                    f" {(1, *shape)}: restore pictures of the size that it was searched for."
+                )
+            return
+        except ValueError as error:
+            misfit = misfit or error
+    if misfit is not None:
+        raise misfit
+
+
+def _named(image: Image.Image, path: Any) -> Picture:
+    """A picture as networks see it; what is wrong with it is said with its path."""
+    try:
+        return read_pictures(image)[0]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_mask(mask: Image.Image, picture: Picture, path: Any) -> None:
+    try:
+        read_masks(mask, [picture])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _facts(pipe: Any) -> dict[str, Any]:
