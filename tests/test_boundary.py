@@ -165,6 +165,22 @@ def test_saving_and_loading_keeps_everything(tmp_path):
     assert loaded.settings["metric"] == "mean_squared_error" and loaded.settings["eta"] == 0.0
 
 
+@pytest.mark.parametrize(("kind", "steps"), [("rddm", 5), ("resshift", 4)])
+def test_noise_is_for_the_network_and_the_steps_that_it_was_searched_with(kind, steps):
+    pipe = make(kind)
+    found = search(pipe, pairs_of(2), candidates=1, num_inference_steps=None)
+    assert found.settings["num_inference_steps"] == steps
+    assert torch.equal(found.noise_for(pipe), found.noise) and torch.equal(found.noise_for(pipe, steps), found.noise)
+    with pytest.raises(ValueError, match=f"was searched in {steps} steps, not in 3: take as many, or search another"):
+        found.noise_for(pipe, 3)
+    with torch.no_grad():
+        pipe.unet.conv_out.bias[0] += 1
+    with pytest.raises(ValueError, match="was searched with another network .* than this .*: search one for this"):
+        found.noise_for(pipe)
+    older = Boundary(found.noise, 0, found.scores, found.held_out, None, {"seed": 0})
+    assert torch.equal(older.noise_for(pipe, 3), found.noise)  # which did not note them
+
+
 def test_a_file_of_something_else_is_refused(tmp_path):
     from sfumato import storage
 

@@ -7,12 +7,13 @@ from PIL import Image
 
 import sfumato
 from sfumato import storage
+from sfumato.boundary import Boundary
 from sfumato.cli import main
 from sfumato.restoring import RestoringConfig, run_restore
 
 
-def save_model(folder, scale=2, masked=False):
-    torch.manual_seed(0)
+def save_model(folder, scale=2, masked=False, seed=0):
+    torch.manual_seed(seed)
     unet = UNet2DModel(
         in_channels=6 + masked, out_channels=3, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
@@ -141,11 +142,50 @@ def test_holes_are_filled_and_the_rest_is_kept(tmp_path):
     assert beside.size == (2 * 6 * 42 + 8, 4 * 42)  # the size stays: no bicubic
 
 
+def save_boundary(path, noise, **settings):
+    scores = torch.zeros(1, dtype=torch.float64)
+    return str(Boundary(noise, 0, scores, scores.clone(), None, {"seed": 0, **settings}).save(path))
+
+
+def test_noise_of_another_search_is_refused_once(model, tmp_path):
+    image, file = save_picture(tmp_path / "a.png"), tmp_path / "boundary.safetensors"
+    pipe = sfumato.load(model)
+    pairs = [(torch.rand(3, 4, 6), torch.rand(3, 8, 12)) for _ in range(2)]
+    found = sfumato.find_boundary(pipe, pairs, candidates=1, num_inference_steps=2, progress=False)
+    boundary = str(found.save(file))
+    with pytest.raises(ValueError, match="was searched in 2 steps, not in 4: take as many"):
+        run(model, [image], tmp_path / "out", boundary=boundary, num_inference_steps=None)
+    other = save_model(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="was searched with another network .*search one for this"):
+        run(other, [image], tmp_path / "out", boundary=boundary)
+    with pytest.raises(ValueError, match=r"boundary.safetensors has the shape \(1, 3, 8, 12\), .*a.png needs"):
+        run(model, [save_picture(tmp_path / "a.png", size=(9, 9))], tmp_path / "out", boundary=boundary)
+    for number, noise in enumerate((torch.zeros(3, 8, 12), torch.full((1, 3, 8, 12), torch.nan))):
+        with pytest.raises(ValueError, match="holds no boundary; give a file written by Boundary.save"):
+            run(model, [image], tmp_path / "out", boundary=save_boundary(tmp_path / f"{number}.safetensors", noise))
+    assert not (tmp_path / "out").exists()
+    image = save_picture(tmp_path / "a.png")
+    assert len(run(model, [image], tmp_path / "out", boundary=boundary)["pictures"]) == 1
+
+
+def test_a_task_is_held_against_the_one_that_the_model_was_trained_for(tmp_path):
+    image, model = save_picture(tmp_path / "a.png"), save_model(tmp_path / "model", scale=1)
+    run(model, [image], tmp_path / "free", task="deblur")  # nothing tells
+    for content in ({}, {"settings": {"degradation": None}}, {"settings": []}):
+        (tmp_path / "model" / "manifest.json").write_text(json.dumps(content))
+        run(model, [image], tmp_path / f"free{len(str(content))}", task="deblur")
+    (tmp_path / "model" / "manifest.json").write_text(json.dumps({"settings": {"degradation": {"task": "denoise"}}}))
+    with pytest.raises(ValueError, match="is a model for denoise, not for deblur"):
+        run(model, [image], tmp_path / "out", task="deblur")
+    assert not (tmp_path / "out").exists()
+    run(model, [image], tmp_path / "out", task="denoise")
+
+
 def test_noise_that_was_searched_is_started_from(model, tmp_path):
     image = save_picture(tmp_path / "a.png")
     other = save_picture(tmp_path / "b.png", size=(9, 4))
     noise = torch.randn(1, 3, 8, 12, generator=torch.Generator().manual_seed(5))
-    file = str(storage.save_tensors(tmp_path / "boundary.safetensors", {"noise": noise}))
+    file = save_boundary(tmp_path / "boundary.safetensors", noise)
     report = run(model, [image, other], tmp_path / "out", boundary=file)
     assert [one["file"] for one in report["pictures"]] == ["a.png"]
     assert "`latents` must have the shape (1, 3, 8, 18)" in report["failures"][0]["error"]
@@ -243,5 +283,5 @@ def test_what_is_missing_is_named(model, tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no picture .*mask.png"):
         run(filling, [image], tmp_path / "out", mask=str(tmp_path / "mask.png"))
     other = storage.save_tensors(tmp_path / "other.safetensors", {"scores": torch.zeros(1)})
-    with pytest.raises(ValueError, match="holds no tensor `noise`"):
+    with pytest.raises(ValueError, match="holds no boundary"):
         run(model, [image], tmp_path / "out", boundary=str(other))

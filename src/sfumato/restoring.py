@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
 import sfumato
 from sfumato import storage
+from sfumato.boundary import Boundary
 from sfumato.evaluation.report import picture_grid
 from sfumato.loading import EMBEDDED
 from sfumato.pipelines.restoration import RestorationPipeline, degraded_start
@@ -38,7 +38,7 @@ class RestoringConfig:
         output: A new or empty folder.
         model: A folder that ``save_pretrained`` of a restoration pipeline wrote.
         task: What is expected of the model: ``"sr"``, ``"inpaint"``, ``"denoise"`` or ``"deblur"``; None takes what
-            it does.
+            it does. (The folder of a training run tells that; of others, denoising and deblurring are not told apart.)
         scale: Size of the result over that of the picture that is expected of the model; None takes the model's.
         mask: File of the mask for a model that fills holes, white where it is to fill; it serves all pictures.
         num_inference_steps: Steps; None for the model's.
@@ -97,7 +97,7 @@ def run_restore(config: RestoringConfig) -> dict[str, Any]:
     _check_settings(config)
     jobs = _jobs(_files(config.images))
     mask = None if config.mask is None else _read(Path(config.mask))
-    latents = None if config.boundary is None else _noise(config.boundary)
+    boundary = None if config.boundary is None else Boundary.load(config.boundary)
     pipe = _load(config)
     call = {
         name: getattr(config, name)
@@ -105,7 +105,7 @@ def run_restore(config: RestoringConfig) -> dict[str, Any]:
         if getattr(config, name) is not None
     }
     pipe.check_settings(**call)
-    call |= {} if latents is None else {"latents": latents}
+    call |= {} if boundary is None else {"latents": boundary.noise_for(pipe, config.num_inference_steps)}
     call |= {} if mask is None else {"mask_image": mask}
     _check_fit(pipe, jobs, config, call)
     report: dict[str, Any] = {"settings": asdict(config), **_facts(pipe), "pictures": [], "failures": []}
@@ -178,13 +178,6 @@ def _read(path: Path) -> Image.Image:
     return image
 
 
-def _noise(path: str) -> Tensor:
-    tensors = storage.load_tensors(path)
-    if "noise" not in tensors:
-        raise ValueError(f"{path} holds no tensor `noise`; give a file written by Boundary.save.")
-    return tensors["noise"]
-
-
 def _load(config: RestoringConfig) -> Any:
     """Load the model, and see that it does what is expected."""
     if config.model not in EMBEDDED and not Path(config.model).is_dir():
@@ -199,7 +192,7 @@ def _load(config: RestoringConfig) -> Any:
             " or RDDMPipeline."
         )
     scale, masked = pipe.config.scale, pipe.config.masked
-    able = ("inpaint",) if masked else ("sr",) if scale > 1 else ("denoise", "deblur")
+    able = _able(config.model, scale, masked)
     if config.task is not None and config.task not in able:
         raise ValueError(f"{config.model} is a model for {' or '.join(able)}, not for {config.task}.")
     if config.scale not in (None, scale):
@@ -210,6 +203,16 @@ def _load(config: RestoringConfig) -> Any:
         raise ValueError(f"{config.model} is not given masks: drop --mask.")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _able(model: str, scale: int, masked: bool) -> tuple[str, ...]:
+    """Tasks that a model may be for: the one that it was trained for, if its manifest says that."""
+    able = ("inpaint",) if masked else ("sr",) if scale > 1 else ("denoise", "deblur")
+    manifest = Path(model, "manifest.json")
+    facts: Any = storage.read_json(manifest) if manifest.is_file() else {}
+    for name in ("settings", "degradation", "task"):
+        facts = facts.get(name) if isinstance(facts, dict) else None
+    return (facts,) if facts in able else able
 
 
 def _check_fit(pipe: Any, jobs: Sequence[_Job], config: RestoringConfig, call: dict[str, Any]) -> None:
