@@ -50,6 +50,9 @@ class RDDMPipeline(RestorationPipeline):
         masked: Whether the network fills holes, and is given a mask of them beside the picture.
         conditioned: Whether the network is given the degraded picture (and mask); otherwise, as for generation, the
             chain's state alone.
+        prediction_type: Of the scheduler that the network was trained with, which is kept in the pipeline's folder;
+            None takes that of `scheduler`, others are refused.
+        num_train_timesteps: Likewise.
 
     Raises:
         ValueError: If networks, scheduler and settings do not fit together.
@@ -70,11 +73,15 @@ class RDDMPipeline(RestorationPipeline):
         patch_size: int = 1,
         masked: bool = False,
         conditioned: bool = True,
+        prediction_type: str | None = None,
+        num_train_timesteps: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae, noise_unet=noise_unet)
-        self.register_to_config(scale=scale, patch_size=patch_size, masked=masked, conditioned=conditioned)
-        self._check_components()
+        self._register(
+            scale=scale, patch_size=patch_size, masked=masked, conditioned=conditioned,
+            prediction_type=prediction_type, num_train_timesteps=num_train_timesteps,
+        )  # fmt: skip
 
     @torch.no_grad()
     def __call__(

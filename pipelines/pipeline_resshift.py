@@ -49,6 +49,9 @@ class ResShiftPipeline(RestorationPipeline):
         patch_size: Blocks of this side are folded into channels for the network.
         masked: Whether the network fills holes, and is given a mask of them beside the picture.
         conditioned: Whether the network is given the degraded picture (and mask); otherwise the chain's state alone.
+        prediction_type: Of the scheduler that the network was trained with, which is kept in the pipeline's folder;
+            None takes that of `scheduler`, others are refused.
+        num_train_timesteps: Likewise.
 
     Raises:
         ValueError: If network, scheduler and settings do not fit together.
@@ -65,11 +68,15 @@ class ResShiftPipeline(RestorationPipeline):
         patch_size: int = 1,
         masked: bool = False,
         conditioned: bool = True,
+        prediction_type: str | None = None,
+        num_train_timesteps: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
-        self.register_to_config(scale=scale, patch_size=patch_size, masked=masked, conditioned=conditioned)
-        self._check_components()
+        self._register(
+            scale=scale, patch_size=patch_size, masked=masked, conditioned=conditioned,
+            prediction_type=prediction_type, num_train_timesteps=num_train_timesteps,
+        )  # fmt: skip
 
     @torch.no_grad()
     def __call__(
@@ -122,6 +129,16 @@ class ResShiftPipeline(RestorationPipeline):
         restored = self._restore(pictures, masks, generator, latents, tiling, num_inference_steps)
         images = join_pictures(restored, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_components(self) -> None:
+        super()._check_components()
+        config, latent = self.scheduler.config, self.vae is not None
+        if config.normalize_input and config.latent_space != latent:
+            raise ValueError(
+                f"The chain runs in {'latents' if latent else 'pixels, as there is no `vae`'}, but the scheduler's"
+                f" `latent_space` is {config.latent_space}, which scales what the network is given otherwise: make it"
+                f" with latent_space={latent}."
+            )
 
     def _networks(self) -> dict[str, int]:
         return {"unet": 1}

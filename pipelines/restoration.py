@@ -37,6 +37,7 @@ __all__ = [
     "encode_pixels", "network_input", "network_output", "pad_to_multiple",
 ]  # fmt: skip
 
+TRAINED_WITH = ("prediction_type", "num_train_timesteps")  # of a scheduler's config: what a network is bound to
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -211,6 +212,9 @@ class RestorationPipeline(DiffusionPipeline, ABC):
         patch_size: Blocks of this side are folded into channels for the network.
         masked: Whether the network fills holes, and is given a mask of them beside the picture.
         conditioned: Whether the network is given the degraded picture (and mask); otherwise the chain's state alone.
+        prediction_type: Of the scheduler that the network was trained with, which is kept in the pipeline's folder;
+            None takes that of `scheduler`, others are refused.
+        num_train_timesteps: Likewise.
 
     Raises:
         ValueError: If network, scheduler and settings do not fit together.
@@ -289,12 +293,9 @@ class RestorationPipeline(DiffusionPipeline, ABC):
         return (self.channels, *sides)
 
     def check_settings(
-        self,
-        num_inference_steps: int | None = None,
-        tile_size: int | None = None,
-        tile_overlap: int | None = None,
+        self, num_inference_steps: int | None = None, tile_size: int | None = None, tile_overlap: int | None = None,
         tile_batch_size: int = 16,
-    ) -> int:
+    ) -> int:  # fmt: skip
         """Check what a call says beside its pictures, before there are any; a call checks the same.
 
         Args:
@@ -314,6 +315,13 @@ class RestorationPipeline(DiffusionPipeline, ABC):
         self.scheduler.set_timesteps(self._default_steps if num_inference_steps is None else num_inference_steps)
         return len(self.scheduler.timesteps)
 
+    def _register(self, **settings: Any) -> None:
+        """Note settings, and what the network was trained with, in the config; see that all fits together."""
+        own = getattr(self.scheduler, "config", {})
+        known = {name: own.get(name) if settings[name] is None else settings[name] for name in TRAINED_WITH}
+        self.register_to_config(**{**settings, **known})
+        self._check_components()
+
     def _check_components(self) -> None:
         """Raise a ValueError if networks, scheduler and settings do not fit together."""
         scale, patch, masked = self.config.scale, self.config.patch_size, self.config.masked
@@ -327,6 +335,12 @@ class RestorationPipeline(DiffusionPipeline, ABC):
                 f"{type(self).__name__} steps with a {self._sampler}, this one has a {type(self.scheduler).__name__}:"
                 " a restoration network works with the sampler that it was trained for alone."
             )
+        for name in TRAINED_WITH:
+            if self.config[name] != self.scheduler.config[name]:
+                raise ValueError(
+                    f"The network was trained with a scheduler of `{name}` {self.config[name]!r}, this one has"
+                    f" {self.scheduler.config[name]!r}: keep the scheduler that came with the model."
+                )
         told = condition_channels(scale, self.shrink, masked) if self.config.conditioned else 0
         for name, heads in self._networks().items():
             config = getattr(self, name).config
@@ -421,10 +435,9 @@ class RestorationPipeline(DiffusionPipeline, ABC):
 
     def _tiles(self, shape: tuple[int, int, int], tiling: Tiling) -> Tiles:
         """Lay tiles over the grid of a chain ``(C, h, w)``."""
-        grid = shape[1:]
         size, overlap = self._tile_sides(tiling)
-        side = size // self.shrink if size else max(grid)
-        return Tiles.over(grid, side, -(-overlap // self.shrink), self.multiple // self.shrink, tiling.batch_size)
+        side = size // self.shrink or max(shape[1:])
+        return Tiles.over(shape[1:], side, -(-overlap // self.shrink), self.multiple // self.shrink, tiling.batch_size)
 
     def _tile_sides(self, tiling: Tiling) -> tuple[int, int]:
         """Side of tiles, as the call says, or else that of training, and their overlap; see `Tiling.sides`."""
