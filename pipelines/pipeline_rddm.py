@@ -110,7 +110,7 @@ class RDDMPipeline(RestorationPipeline):
                 integers. Grey pictures come back grey; transparency is put back, resized. Those of one size run
                 together. None draws new pictures.
             mask_image: For a network that fills holes: white is filled, from one half on, and what is not stays to
-                the bit. One for all pictures or one for each, of their sizes.
+                the bit (as far as `output_type` holds it). One for all pictures or one for each, of their sizes.
             num_inference_steps: Steps. All T of the scheduler make a run of the ancestral sampler.
             eta: Part of the noise that each step draws anew, in [0, 1]; 0 is deterministic.
             two_phase: Remove the residual in a sweep over all times, then the noise in another: twice the work.
@@ -126,8 +126,9 @@ class RDDMPipeline(RestorationPipeline):
                 on what is restored beside it.
             latents: The initial noise, standard normal, ``(B, C, h, w)``, or ``(1, C, h, w)`` for the same in all,
                 with ``(C, h, w) = latents_shape(height, width)`` of the pictures. Drawn if None.
-            output_type: ``"pil"`` (8 bits, whatever came in), ``"np"`` ``(B, H, W, C)`` or ``"pt"`` ``(B, C, H, W)``
-                in [0, 1]; the latter two give a list if shapes differ.
+            output_type: ``"pil"``, ``"np"`` ``(B, H, W, C)`` or ``"pt"`` ``(B, C, H, W)`` in [0, 1]; the latter two
+                give a list if shapes differ. PIL images have 8 bits whatever came in, but those of 16 bits, grey in
+                PIL, come back as ``I;16``.
             return_dict: Give an ``ImagePipelineOutput`` rather than a tuple.
 
         Returns:
@@ -139,17 +140,17 @@ class RDDMPipeline(RestorationPipeline):
         check_output_type(output_type)
         self._check_run(eta, two_phase)
         tiling = Tiling(tile_size, tile_overlap, tile_batch_size)
+        pictures = [] if image is None else read_pictures(image)
         if image is None:
             size = self._drawn_size(batch_size, height, width, mask_image)
             found = list(self._draw(batch_size, size, generator, latents, tiling, num_inference_steps, eta, two_phase))
         else:
-            pictures = read_pictures(image)
             masks = self._read_masks(mask_image, pictures)
             found = self._restore(
                 pictures, masks, generator, latents, tiling, num_inference_steps, sweeps=1 + two_phase,
                 eta=eta, two_phase=two_phase,
             )  # fmt: skip
-        images = join_pictures(found, output_type)
+        images = join_pictures(found, output_type, pictures)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     # ------------------------------------------------------------ before any network runs

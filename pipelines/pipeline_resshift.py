@@ -100,7 +100,7 @@ class ResShiftPipeline(RestorationPipeline):
                 integers. Grey pictures come back grey; transparency is put back, resized. Those of one size run
                 together.
             mask_image: For a network that fills holes: white is filled, from one half on, and what is not stays to
-                the bit. One for all pictures or one for each, of their sizes.
+                the bit (as far as `output_type` holds it). One for all pictures or one for each, of their sizes.
             num_inference_steps: Steps; None takes those of training. Fewer start with less noise than in training:
                 see ``ResShiftScheduler.set_timesteps``.
             tile_size: Side of the tiles that the network sees, in pixels of the result; None takes the size that it
@@ -112,8 +112,9 @@ class ResShiftPipeline(RestorationPipeline):
                 on what is restored beside it.
             latents: The initial noise, standard normal, ``(B, C, h, w)``, or ``(1, C, h, w)`` for the same in all,
                 with ``(C, h, w) = latents_shape(height, width)`` of the pictures. Drawn if None.
-            output_type: ``"pil"`` (8 bits, whatever came in), ``"np"`` ``(B, H, W, C)`` or ``"pt"`` ``(B, C, H, W)``
-                in [0, 1]; the latter two give a list if shapes differ.
+            output_type: ``"pil"``, ``"np"`` ``(B, H, W, C)`` or ``"pt"`` ``(B, C, H, W)`` in [0, 1]; the latter two
+                give a list if shapes differ. PIL images have 8 bits whatever came in, but those of 16 bits, grey in
+                PIL, come back as ``I;16``.
             return_dict: Give an ``ImagePipelineOutput`` rather than a tuple.
 
         Returns:
@@ -127,7 +128,7 @@ class ResShiftPipeline(RestorationPipeline):
         masks = self._read_masks(mask_image, pictures)
         tiling = Tiling(tile_size, tile_overlap, tile_batch_size)
         restored = self._restore(pictures, masks, generator, latents, tiling, num_inference_steps)
-        images = join_pictures(restored, output_type)
+        images = join_pictures(restored, output_type, pictures)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _check_components(self) -> None:

@@ -196,6 +196,18 @@ def test_noise_that_was_searched_is_started_from(model, tmp_path):
     assert Image.open(tmp_path / "out" / "a.png").tobytes() == expected.tobytes()
 
 
+def test_grey_pictures_of_sixteen_bits_keep_them(tmp_path):
+    values = torch.randint(0, 65536, (4, 6), generator=torch.Generator().manual_seed(0)).numpy().astype("uint16")
+    Image.fromarray(values).save(tmp_path / "a.png")
+    model, mask = save_model(tmp_path / "model", scale=1, masked=True), tmp_path / "mask.png"
+    Image.frombytes("L", (6, 4), bytes([255, 255, 255, 0, 0, 0] * 4)).save(mask)
+    run(model, [str(tmp_path / "a.png")], tmp_path / "out", mask=str(mask))
+    restored = Image.open(tmp_path / "out" / "a.png")
+    assert restored.mode == "I;16"
+    kept = restored.crop((3, 0, 6, 4))
+    assert kept.tobytes() == values[:, 3:].tobytes()
+
+
 def test_the_profile_of_colours_is_kept(model, tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGB", (4, 4)).save(path, icc_profile=b"a profile")

@@ -86,7 +86,8 @@ def run_restore(config: RestoringConfig) -> dict[str, Any]:
 
     Returns:
         What ``restored.json`` holds: the settings, the model, and, under ``pictures`` and ``failures``, what became of
-        each. Beside it are the restored pictures, as PNG, and, under ``comparisons``, each beside its original.
+        each. Beside it are the restored pictures, as PNG of 8 bits, or of 16 for grey pictures of 16 bits (PIL reads
+        no others), and, under ``comparisons``, each beside its original.
 
     Raises:
         FileExistsError: If the output folder holds something.

@@ -200,11 +200,13 @@ def test_impossible_tiles_are_refused(restorers, call, sentence):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "I;16"])
 def test_what_is_not_masked_stays_to_the_bit(restorers, kind, mode):
     pipe = restorers.pipe(kind, masked=True)
     values = (pictures(len(Image.new(mode, (1, 1)).getbands()), 6, 5) * 255).round().byte().permute(1, 2, 0).numpy()
-    image = Image.fromarray(values[..., 0] if mode == "L" else values)
+    image = Image.fromarray(values if mode in ("RGB", "RGBA") else values[..., 0])
+    if mode == "I;16":
+        image = Image.fromarray(values[..., 0].astype("uint16") * 256 + values[::-1, ..., 0])
     mask = torch.zeros(6, 5)
     mask[1:4, 2:4] = 1
     found = pipe(image, mask, num_inference_steps=2, generator=seeded()).images[0]
