@@ -4,6 +4,7 @@ from diffusers import UNet2DModel
 
 import sfumato
 from sfumato.boundary import Boundary, mean_squared_error, rank_correlation
+from sfumato.randomness import generator_for
 
 
 class Offset(UNet2DModel):
@@ -73,8 +74,13 @@ def test_one_candidate_is_plain_sampling_with_its_seed(kind):
         pairs[0][0], num_inference_steps=2, latents=found.noise, generator=later, output_type="pt"
     ).images  # fmt: skip
     assert torch.equal(image, again)
-    if kind == "rddm":
-        assert float(found.scores[0]) == pytest.approx(float(mean_squared_error(image, pairs[0][1][None])), abs=1e-7)
+    # the search itself: from that noise, and with later noise that is the pair's own, whatever the candidate
+    for number, scores in enumerate((found.scores, found.held_out)):
+        restored = pipe(
+            pairs[number][0], num_inference_steps=2, latents=found.noise, generator=generator_for(7, number),
+            output_type="pt",
+        ).images  # fmt: skip
+        assert float(scores) == pytest.approx(float(mean_squared_error(restored, pairs[number][1][None])), rel=1e-5)
     assert found.rank_correlation is None and found.random_score is None and not found.beats_random
 
 
