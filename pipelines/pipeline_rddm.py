@@ -181,7 +181,7 @@ class RDDMPipeline(RestorationPipeline):
 
     def _drawn_size(self, batch_size: int, height: int | None, width: int | None, mask: Any) -> tuple[int, int]:
         """Height and width of pictures to draw."""
-        if self.config.conditioned or self.config.scale != 1:
+        if self.config.conditioned or self.config.masked or self.config.scale != 1:
             raise ValueError("This model restores pictures: give it `image`.")
         if mask is not None:
             raise ValueError("`mask_image` goes with `image`: there is no picture with holes.")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from PIL import Image
+from tqdm.auto import tqdm
 
 import sfumato
 from sfumato import storage
@@ -56,6 +57,33 @@ def test_a_folder_is_restored_beside_its_originals(model, tmp_path):
         assert beside.size == (3 * 12 * large + 2 * 8, 8 * large)
     assert report["pipeline"] == "ResShiftPipeline" and set(report["fingerprints"]) == {"unet"}
     assert report["settings"]["seed"] == 0
+
+
+def test_of_a_folder_those_files_are_taken_that_can_be_read(model, tmp_path):
+    image = save_picture(tmp_path / "in" / "a.png")
+    Image.open(image).save(tmp_path / "in" / "b.mpo")
+    for name in ("report.pdf", "notes.palm"):  # which can only be written
+        Image.open(image).convert("1").save(tmp_path / "in" / name)
+    report = run(model, [str(tmp_path / "in")], tmp_path / "out", compare="none")
+    assert [one["source"].rsplit("/", 1)[1] for one in report["pictures"]] == ["a.png", "b.mpo"]
+    assert report["failures"] == []
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_bar_counts_the_steps_of_one_picture_and_the_pictures_of_many(model, tmp_path, monkeypatch, count):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *given, **how):
+            bars.append(how)
+            super().__init__(*given, **how)
+
+    monkeypatch.setattr("sfumato.progress.tqdm", Bar)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.tqdm", Bar)
+    images = [save_picture(tmp_path / f"{number}.png") for number in range(count)]
+    run(model, images, tmp_path / "out", num_inference_steps=3)
+    shown = [(how["desc"], how["total"]) for how in bars if not how["disable"]]
+    assert shown == [("restore", 3 if count == 1 else 2)]
 
 
 def test_the_comparison_shows_input_bicubic_and_result(model, tmp_path):

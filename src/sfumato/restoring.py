@@ -106,13 +106,14 @@ def run_restore(config: RestoringConfig) -> dict[str, Any]:
         if getattr(config, name) is not None
     }
     pipe.check_settings(**call)
+    pipe.set_progress_bar_config(desc="restore", disable=len(jobs) > 1)
     call |= {} if boundary is None else {"latents": boundary.noise_for(pipe, config.num_inference_steps)}
     call |= {} if mask is None else {"mask_image": mask}
     _check_fit(pipe, jobs, config, call)
     report: dict[str, Any] = {"settings": asdict(config), **_facts(pipe), "pictures": [], "failures": []}
     batches = [jobs[first : first + config.batch_size] for first in range(0, len(jobs), config.batch_size)]
     with storage.claimed(output, own=frozenset()):
-        for batch in Track(batches, "restore"):
+        for batch in Track(batches, "restore", shown=len(jobs) > 1):  # one picture's bar is the pipeline's own
             for job, restored, seconds in _restore(pipe, batch, call, config.seed):
                 if restored is None:
                     report["failures"].append({"source": str(job.source), "error": job.error})
@@ -137,7 +138,8 @@ def _check_settings(config: RestoringConfig) -> None:
 
 def _files(images: Sequence[str]) -> list[Path]:
     """The files that are named, and those of pictures in folders that are."""
-    known, found = set(Image.registered_extensions()), []
+    kinds, found = Image.registered_extensions(), []
+    known = {ending for ending, kind in kinds.items() if kind in Image.OPEN or kind == "MPO"}  # opened as JPEG
     for path in map(Path, images):
         if path.is_dir():
             shown = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
@@ -202,7 +204,6 @@ def _load(config: RestoringConfig) -> Any:
         raise ValueError(f"{config.model} fills holes: give --mask, a picture that is white where it is to fill.")
     if config.mask is not None and not masked:
         raise ValueError(f"{config.model} is not given masks: drop --mask.")
-    pipe.set_progress_bar_config(disable=True)
     return pipe.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
