@@ -29,6 +29,7 @@ from .restoration_tiles import Tiling
 
 __all__ = ["RDDMPipeline"]
 
+STEPS = 5
 TWO_HEADS = ("pred_res_noise", "pred_res_add_noise", "pred_x0_noise", "pred_x0_add_noise")
 
 
@@ -49,6 +50,9 @@ class RDDMPipeline(RestorationPipeline):
         masked: Whether the network fills holes, and is given a mask of them beside the picture.
         conditioned: Whether the network is given the degraded picture (and mask); otherwise, as for generation, the
             chain's state alone.
+        prediction_type: Of the scheduler that the network was trained with, which is kept in the pipeline's folder;
+            None takes that of `scheduler`, others are refused.
+        num_train_timesteps: Likewise.
 
     Raises:
         ValueError: If networks, scheduler and settings do not fit together.
@@ -57,6 +61,7 @@ class RDDMPipeline(RestorationPipeline):
     model_cpu_offload_seq = "unet->noise_unet->vae"
     _optional_components = ["vae", "noise_unet"]
     _sampler = "RDDMScheduler"
+    _default_steps = STEPS
 
     def __init__(
         self,
@@ -68,18 +73,22 @@ class RDDMPipeline(RestorationPipeline):
         patch_size: int = 1,
         masked: bool = False,
         conditioned: bool = True,
+        prediction_type: str | None = None,
+        num_train_timesteps: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae, noise_unet=noise_unet)
-        self.register_to_config(scale=scale, patch_size=patch_size, masked=masked, conditioned=conditioned)
-        self._check_components()
+        self._register(
+            scale=scale, patch_size=patch_size, masked=masked, conditioned=conditioned,
+            prediction_type=prediction_type, num_train_timesteps=num_train_timesteps,
+        )  # fmt: skip
 
     @torch.no_grad()
     def __call__(
         self,
         image: Any = None,
         mask_image: Any = None,
-        num_inference_steps: int = 5,
+        num_inference_steps: int = STEPS,
         eta: float = 0.0,
         two_phase: bool = False,
         batch_size: int = 1,
@@ -101,7 +110,7 @@ class RDDMPipeline(RestorationPipeline):
                 integers. Grey pictures come back grey; transparency is put back, resized. Those of one size run
                 together. None draws new pictures.
             mask_image: For a network that fills holes: white is filled, from one half on, and what is not stays to
-                the bit. One for all pictures or one for each, of their sizes.
+                the bit (as far as `output_type` holds it). One for all pictures or one for each, of their sizes.
             num_inference_steps: Steps. All T of the scheduler make a run of the ancestral sampler.
             eta: Part of the noise that each step draws anew, in [0, 1]; 0 is deterministic.
             two_phase: Remove the residual in a sweep over all times, then the noise in another: twice the work.
@@ -117,8 +126,9 @@ class RDDMPipeline(RestorationPipeline):
                 on what is restored beside it.
             latents: The initial noise, standard normal, ``(B, C, h, w)``, or ``(1, C, h, w)`` for the same in all,
                 with ``(C, h, w) = latents_shape(height, width)`` of the pictures. Drawn if None.
-            output_type: ``"pil"`` (8 bits, whatever came in), ``"np"`` ``(B, H, W, C)`` or ``"pt"`` ``(B, C, H, W)``
-                in [0, 1]; the latter two give a list if shapes differ.
+            output_type: ``"pil"``, ``"np"`` ``(B, H, W, C)`` or ``"pt"`` ``(B, C, H, W)`` in [0, 1]; the latter two
+                give a list if shapes differ. PIL images have 8 bits whatever came in, but those of 16 bits, grey in
+                PIL, come back as ``I;16``.
             return_dict: Give an ``ImagePipelineOutput`` rather than a tuple.
 
         Returns:
@@ -130,17 +140,17 @@ class RDDMPipeline(RestorationPipeline):
         check_output_type(output_type)
         self._check_run(eta, two_phase)
         tiling = Tiling(tile_size, tile_overlap, tile_batch_size)
+        pictures = [] if image is None else read_pictures(image)
         if image is None:
             size = self._drawn_size(batch_size, height, width, mask_image)
             found = list(self._draw(batch_size, size, generator, latents, tiling, num_inference_steps, eta, two_phase))
         else:
-            pictures = read_pictures(image)
             masks = self._read_masks(mask_image, pictures)
             found = self._restore(
                 pictures, masks, generator, latents, tiling, num_inference_steps, sweeps=1 + two_phase,
                 eta=eta, two_phase=two_phase,
             )  # fmt: skip
-        images = join_pictures(found, output_type)
+        images = join_pictures(found, output_type, pictures)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     # ------------------------------------------------------------ before any network runs
@@ -171,7 +181,7 @@ class RDDMPipeline(RestorationPipeline):
 
     def _drawn_size(self, batch_size: int, height: int | None, width: int | None, mask: Any) -> tuple[int, int]:
         """Height and width of pictures to draw."""
-        if self.config.conditioned or self.config.scale != 1:
+        if self.config.conditioned or self.config.masked or self.config.scale != 1:
             raise ValueError("This model restores pictures: give it `image`.")
         if mask is not None:
             raise ValueError("`mask_image` goes with `image`: there is no picture with holes.")

@@ -49,6 +49,9 @@ class ResShiftPipeline(RestorationPipeline):
         patch_size: Blocks of this side are folded into channels for the network.
         masked: Whether the network fills holes, and is given a mask of them beside the picture.
         conditioned: Whether the network is given the degraded picture (and mask); otherwise the chain's state alone.
+        prediction_type: Of the scheduler that the network was trained with, which is kept in the pipeline's folder;
+            None takes that of `scheduler`, others are refused.
+        num_train_timesteps: Likewise.
 
     Raises:
         ValueError: If network, scheduler and settings do not fit together.
@@ -65,11 +68,15 @@ class ResShiftPipeline(RestorationPipeline):
         patch_size: int = 1,
         masked: bool = False,
         conditioned: bool = True,
+        prediction_type: str | None = None,
+        num_train_timesteps: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
-        self.register_to_config(scale=scale, patch_size=patch_size, masked=masked, conditioned=conditioned)
-        self._check_components()
+        self._register(
+            scale=scale, patch_size=patch_size, masked=masked, conditioned=conditioned,
+            prediction_type=prediction_type, num_train_timesteps=num_train_timesteps,
+        )  # fmt: skip
 
     @torch.no_grad()
     def __call__(
@@ -93,7 +100,7 @@ class ResShiftPipeline(RestorationPipeline):
                 integers. Grey pictures come back grey; transparency is put back, resized. Those of one size run
                 together.
             mask_image: For a network that fills holes: white is filled, from one half on, and what is not stays to
-                the bit. One for all pictures or one for each, of their sizes.
+                the bit (as far as `output_type` holds it). One for all pictures or one for each, of their sizes.
             num_inference_steps: Steps; None takes those of training. Fewer start with less noise than in training:
                 see ``ResShiftScheduler.set_timesteps``.
             tile_size: Side of the tiles that the network sees, in pixels of the result; None takes the size that it
@@ -105,8 +112,9 @@ class ResShiftPipeline(RestorationPipeline):
                 on what is restored beside it.
             latents: The initial noise, standard normal, ``(B, C, h, w)``, or ``(1, C, h, w)`` for the same in all,
                 with ``(C, h, w) = latents_shape(height, width)`` of the pictures. Drawn if None.
-            output_type: ``"pil"`` (8 bits, whatever came in), ``"np"`` ``(B, H, W, C)`` or ``"pt"`` ``(B, C, H, W)``
-                in [0, 1]; the latter two give a list if shapes differ.
+            output_type: ``"pil"``, ``"np"`` ``(B, H, W, C)`` or ``"pt"`` ``(B, C, H, W)`` in [0, 1]; the latter two
+                give a list if shapes differ. PIL images have 8 bits whatever came in, but those of 16 bits, grey in
+                PIL, come back as ``I;16``.
             return_dict: Give an ``ImagePipelineOutput`` rather than a tuple.
 
         Returns:
@@ -120,8 +128,18 @@ class ResShiftPipeline(RestorationPipeline):
         masks = self._read_masks(mask_image, pictures)
         tiling = Tiling(tile_size, tile_overlap, tile_batch_size)
         restored = self._restore(pictures, masks, generator, latents, tiling, num_inference_steps)
-        images = join_pictures(restored, output_type)
+        images = join_pictures(restored, output_type, pictures)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_components(self) -> None:
+        super()._check_components()
+        config, latent = self.scheduler.config, self.vae is not None
+        if config.normalize_input and config.latent_space != latent:
+            raise ValueError(
+                f"The chain runs in {'latents' if latent else 'pixels, as there is no `vae`'}, but the scheduler's"
+                f" `latent_space` is {config.latent_space}, which scales what the network is given otherwise: make it"
+                f" with latent_space={latent}."
+            )
 
     def _networks(self) -> dict[str, int]:
         return {"unet": 1}

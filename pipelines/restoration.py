@@ -37,6 +37,7 @@ __all__ = [
     "encode_pixels", "network_input", "network_output", "pad_to_multiple",
 ]  # fmt: skip
 
+TRAINED_WITH = ("prediction_type", "num_train_timesteps")  # of a scheduler's config: what a network is bound to
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -211,6 +212,9 @@ class RestorationPipeline(DiffusionPipeline, ABC):
         patch_size: Blocks of this side are folded into channels for the network.
         masked: Whether the network fills holes, and is given a mask of them beside the picture.
         conditioned: Whether the network is given the degraded picture (and mask); otherwise the chain's state alone.
+        prediction_type: Of the scheduler that the network was trained with, which is kept in the pipeline's folder;
+            None takes that of `scheduler`, others are refused.
+        num_train_timesteps: Likewise.
 
     Raises:
         ValueError: If network, scheduler and settings do not fit together.
@@ -220,6 +224,8 @@ class RestorationPipeline(DiffusionPipeline, ABC):
     _optional_components = ["vae"]
     _sampler = ""
     """Name of the scheduler's class. (Not the class: one that is loaded from the Hub is another object.)"""
+    _default_steps: int | None = None
+    """Steps of a call that does not say how many; None for all times of the scheduler."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -286,6 +292,36 @@ class RestorationPipeline(DiffusionPipeline, ABC):
         sides = (-(-side * scale // whole) * whole // self.shrink for side in (height, width))
         return (self.channels, *sides)
 
+    def check_settings(
+        self, num_inference_steps: int | None = None, tile_size: int | None = None, tile_overlap: int | None = None,
+        tile_batch_size: int = 16,
+    ) -> int:  # fmt: skip
+        """Check what a call says beside its pictures, before there are any; a call checks the same.
+
+        Args:
+            num_inference_steps: As in a call; None for what it takes then.
+            tile_size: As in a call.
+            tile_overlap: As in a call.
+            tile_batch_size: As in a call.
+
+        Returns:
+            The number of steps; the scheduler is set to them.
+
+        Raises:
+            ValueError: If one is out of range, or networks and scheduler do not fit together.
+        """
+        self._check_components()
+        self._tile_sides(Tiling(tile_size, tile_overlap, tile_batch_size))
+        self.scheduler.set_timesteps(self._default_steps if num_inference_steps is None else num_inference_steps)
+        return len(self.scheduler.timesteps)
+
+    def _register(self, **settings: Any) -> None:
+        """Note settings, and what the network was trained with, in the config; see that all fits together."""
+        own = getattr(self.scheduler, "config", {})
+        known = {name: own.get(name) if settings[name] is None else settings[name] for name in TRAINED_WITH}
+        self.register_to_config(**{**settings, **known})
+        self._check_components()
+
     def _check_components(self) -> None:
         """Raise a ValueError if networks, scheduler and settings do not fit together."""
         scale, patch, masked = self.config.scale, self.config.patch_size, self.config.masked
@@ -299,6 +335,12 @@ class RestorationPipeline(DiffusionPipeline, ABC):
                 f"{type(self).__name__} steps with a {self._sampler}, this one has a {type(self.scheduler).__name__}:"
                 " a restoration network works with the sampler that it was trained for alone."
             )
+        for name in TRAINED_WITH:
+            if self.config[name] != self.scheduler.config[name]:
+                raise ValueError(
+                    f"The network was trained with a scheduler of `{name}` {self.config[name]!r}, this one has"
+                    f" {self.scheduler.config[name]!r}: keep the scheduler that came with the model."
+                )
         told = condition_channels(scale, self.shrink, masked) if self.config.conditioned else 0
         for name, heads in self._networks().items():
             config = getattr(self, name).config
@@ -392,26 +434,16 @@ class RestorationPipeline(DiffusionPipeline, ABC):
         return predict
 
     def _tiles(self, shape: tuple[int, int, int], tiling: Tiling) -> Tiles:
-        """Lay tiles over the grid of a chain ``(C, h, w)``, as the call says, or else of the size of training."""
-        grid, multiple, size = shape[1:], self.multiple, tiling.size
-        if size is None:
-            trained = self.unet.config.sample_size or 0
-            trained = max(trained) if isinstance(trained, list | tuple) else trained
-            size = -(-trained * self.config.patch_size * self.shrink // multiple) * multiple
-        elif size < 0 or size % multiple:
-            raise ValueError(
-                f"`tile_size` must be a whole multiple of {multiple} pixels for this model, or 0 for no tiles, got"
-                f" {size}."
-            )
-        if size == 0:
-            size = max(grid) * self.shrink
-        overlap = size // 4 if tiling.overlap is None else tiling.overlap
-        if not 0 <= overlap < size:
-            raise ValueError(f"`tile_overlap` must be from 0 to below the tile's {size} pixels, got {overlap}.")
-        if tiling.batch_size < 0:
-            raise ValueError(f"`tile_batch_size` must be 0 or more, got {tiling.batch_size}.")
-        whole = -(-overlap // self.shrink)  # in places of the grid
-        return Tiles.over(grid, size // self.shrink, whole, multiple // self.shrink, tiling.batch_size)
+        """Lay tiles over the grid of a chain ``(C, h, w)``."""
+        size, overlap = self._tile_sides(tiling)
+        side = size // self.shrink or max(shape[1:])
+        return Tiles.over(shape[1:], side, -(-overlap // self.shrink), self.multiple // self.shrink, tiling.batch_size)
+
+    def _tile_sides(self, tiling: Tiling) -> tuple[int, int]:
+        """Side of tiles, as the call says, or else that of training, and their overlap; see `Tiling.sides`."""
+        trained = self.unet.config.sample_size or 0
+        trained = max(trained) if isinstance(trained, list | tuple) else trained
+        return tiling.sides(trained * self.config.patch_size * self.shrink, self.multiple)
 
     def _check_noise(
         self, groups: dict[tuple[int, int], list[int]], count: int, generator: Generators, latents: Tensor | None

@@ -1,7 +1,7 @@
 """Pictures into and out of the restoration pipelines: every mode of PIL, arrays and tensors; grey stays grey.
 
 Values are [0, 1] here. What a network of three channels does not know is kept apart and put back: that a picture is
-grey, and its transparency.
+grey, that it had 16 bits, and its transparency.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ class Picture:
         pixels: ``(3, h, w)`` in [0, 1], float32.
         grey: Whether it had one channel of colour.
         alpha: Its transparency ``(1, h, w)`` in [0, 1]; None without.
+        deep: Whether it was a PIL image of 16 bits (which are all grey), and so shall be the result.
     """
 
     pixels: Tensor
     grey: bool = False
     alpha: Tensor | None = None
+    deep: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -64,7 +66,7 @@ def read_pictures(image: Any) -> list[Picture]:
     Raises:
         ValueError: If one is empty, can't be decoded, or is of another kind, shape or range.
     """
-    return [_picture(values) for values in _all_values(image, "image")]
+    return [_picture(values, deep) for values, deep in _all_values(image, "image")]
 
 
 def read_masks(mask_image: Any, pictures: Sequence[Picture]) -> list[Tensor]:
@@ -80,7 +82,7 @@ def read_masks(mask_image: Any, pictures: Sequence[Picture]) -> list[Tensor]:
     Raises:
         ValueError: If number or size differ from the pictures', or one marks nothing.
     """
-    masks = [_picture(values) for values in _all_values(mask_image, "mask_image")]
+    masks = [_picture(values) for values, _ in _all_values(mask_image, "mask_image")]
     if len(masks) not in (1, len(pictures)):
         raise ValueError(f"`mask_image` must be one or {len(pictures)}, one a picture, got {len(masks)}.")
     masks = masks * len(pictures) if len(masks) == 1 else masks
@@ -124,19 +126,21 @@ def finish_picture(picture: Picture, restored: Tensor, hole: Tensor | None, scal
     return torch.cat([restored, alpha])
 
 
-def join_pictures(pictures: Sequence[Tensor], output_type: str) -> Any:
+def join_pictures(pictures: Sequence[Tensor], output_type: str, originals: Sequence[Picture] = ()) -> Any:
     """Give results the form that a call asked for.
 
     Args:
         pictures: ``(C, H, W)`` in [0, 1] each.
         output_type: ``"pil"``, ``"np"`` or ``"pt"``.
+        originals: What they were made of, if of anything.
 
     Returns:
-        PIL images of 8 bits (modes L, LA, RGB, RGBA); an array ``(B, H, W, C)`` or a tensor ``(B, C, H, W)``, or, if
-        shapes differ, a list of one for each picture.
+        PIL images of 8 bits (modes L, LA, RGB, RGBA), or of 16 (mode I;16) where the original was one; an array
+        ``(B, H, W, C)`` or a tensor ``(B, C, H, W)``, or, if shapes differ, a list of one for each picture.
     """
     if output_type == "pil":
-        return [_pil(picture) for picture in pictures]
+        deep = [original.deep for original in originals] or [False] * len(pictures)
+        return [_pil(picture, own) for picture, own in zip(pictures, deep, strict=True)]
     alike = len({picture.shape for picture in pictures}) == 1
     if output_type == "pt":
         return torch.stack(list(pictures)) if alike else list(pictures)
@@ -144,7 +148,9 @@ def join_pictures(pictures: Sequence[Tensor], output_type: str) -> Any:
     return np.stack(arrays) if alike else arrays
 
 
-def _pil(picture: Tensor) -> Image.Image:
+def _pil(picture: Tensor, deep: bool) -> Image.Image:
+    if deep:
+        return Image.fromarray((picture[0] * 65535).round().numpy().astype(np.uint16))
     mode = ("L", "LA", "RGB", "RGBA")[len(picture) - 1]
     values = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     return Image.fromarray(values[..., 0] if mode == "L" else values, mode=mode)
@@ -153,8 +159,8 @@ def _pil(picture: Tensor) -> Image.Image:
 # ------------------------------------------------------------ reading
 
 
-def _all_values(image: Any, name: str) -> list[Tensor]:
-    """The values `(C, h, w)` in [0, 1] of each picture."""
+def _all_values(image: Any, name: str) -> list[tuple[Tensor, bool]]:
+    """The values `(C, h, w)` in [0, 1] of each picture, and whether it is a PIL image of 16 bits."""
     entries = list(image) if isinstance(image, list | tuple) else [image]
     found = []
     for index, entry in enumerate(entries):
@@ -167,17 +173,18 @@ def _all_values(image: Any, name: str) -> list[Tensor]:
             parts = [_from_tensor(part, where) for part in (entry if entry.ndim == 4 else [entry])]
         else:
             raise ValueError(f"{where} must be a PIL image, an array or a tensor, got {type(entry).__name__}.")
-        found += [_checked(part, where) for part in parts]
+        deep = isinstance(entry, Image.Image) and entry.mode.startswith("I")
+        found += [(_checked(part, where), deep) for part in parts]
     if not found:
         raise ValueError(f"`{name}` holds no picture.")
     return found
 
 
-def _picture(values: Tensor) -> Picture:
+def _picture(values: Tensor, deep: bool = False) -> Picture:
     """Split the values `(C, h, w)` into colour, grey or not, and transparency."""
     channels = len(values)
     colour, alpha = (values[:-1], values[-1:]) if channels in (2, 4) else (values, None)
-    return Picture(colour.expand(3, -1, -1).contiguous(), grey=len(colour) == 1, alpha=alpha)
+    return Picture(colour.expand(3, -1, -1).contiguous(), grey=len(colour) == 1, alpha=alpha, deep=deep)
 
 
 def _checked(values: Tensor, where: str) -> Tensor:

@@ -29,6 +29,30 @@ class Tiling:
     overlap: int | None = None
     batch_size: int = 16
 
+    def sides(self, trained: int, multiple: int) -> tuple[int, int]:
+        """Give the side of a tile and the overlap, in pixels of the result; 0 and 0 for no tiles.
+
+        Args:
+            trained: Side that the network was trained on; 0 if that is not known.
+            multiple: What sides must be whole multiples of.
+
+        Raises:
+            ValueError: If a setting is out of range.
+        """
+        size = -(-trained // multiple) * multiple if self.size is None else self.size
+        if size < 0 or size % multiple:
+            raise ValueError(
+                f"`tile_size` must be a whole multiple of {multiple} pixels for this model, or 0 for no tiles, got"
+                f" {size}."
+            )
+        overlap = size // 4 if self.overlap is None else self.overlap
+        if overlap < 0 or 0 < size <= overlap:
+            limit = f"from 0 to below the tile's {size} pixels" if size else "0 or more"
+            raise ValueError(f"`tile_overlap` must be {limit}, got {overlap}.")
+        if self.batch_size < 0:
+            raise ValueError(f"`tile_batch_size` must be 0 or more, got {self.batch_size}.")
+        return size, overlap if size else 0
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -87,7 +111,9 @@ class Tiles:
             ``(B, channels, h, w)``.
         """
         if len(self) == 1:
-            return network(sample, condition)
+            parts = sample.split(self.batch_size or len(sample))
+            told = [None] * len(parts) if condition is None else condition.split(self.batch_size or len(sample))
+            return torch.cat([network(part, known) for part, known in zip(parts, told, strict=True)])
         places = [
             (picture, row, column)
             for row in range(len(self.rows))

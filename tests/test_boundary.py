@@ -4,6 +4,7 @@ from diffusers import UNet2DModel
 
 import sfumato
 from sfumato.boundary import Boundary, mean_squared_error, rank_correlation
+from sfumato.randomness import generator_for
 
 
 class Offset(UNet2DModel):
@@ -73,8 +74,13 @@ def test_one_candidate_is_plain_sampling_with_its_seed(kind):
         pairs[0][0], num_inference_steps=2, latents=found.noise, generator=later, output_type="pt"
     ).images  # fmt: skip
     assert torch.equal(image, again)
-    if kind == "rddm":
-        assert float(found.scores[0]) == pytest.approx(float(mean_squared_error(image, pairs[0][1][None])), abs=1e-7)
+    # the search itself: from that noise, and with later noise that is the pair's own, whatever the candidate
+    for number, scores in enumerate((found.scores, found.held_out)):
+        restored = pipe(
+            pairs[number][0], num_inference_steps=2, latents=found.noise, generator=generator_for(7, number),
+            output_type="pt",
+        ).images  # fmt: skip
+        assert float(scores) == pytest.approx(float(mean_squared_error(restored, pairs[number][1][None])), rel=1e-5)
     assert found.rank_correlation is None and found.random_score is None and not found.beats_random
 
 
@@ -163,6 +169,22 @@ def test_saving_and_loading_keeps_everything(tmp_path):
         found.seed, found.settings, found.rank_correlation,
     )  # fmt: skip
     assert loaded.settings["metric"] == "mean_squared_error" and loaded.settings["eta"] == 0.0
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("rddm", 5), ("resshift", 4)])
+def test_noise_is_for_the_network_and_the_steps_that_it_was_searched_with(kind, steps):
+    pipe = make(kind)
+    found = search(pipe, pairs_of(2), candidates=1, num_inference_steps=None)
+    assert found.settings["num_inference_steps"] == steps
+    assert torch.equal(found.noise_for(pipe), found.noise) and torch.equal(found.noise_for(pipe, steps), found.noise)
+    with pytest.raises(ValueError, match=f"was searched in {steps} steps, not in 3: take as many, or search another"):
+        found.noise_for(pipe, 3)
+    with torch.no_grad():
+        pipe.unet.conv_out.bias[0] += 1
+    with pytest.raises(ValueError, match="was searched with another network .* than this .*: search one for this"):
+        found.noise_for(pipe)
+    older = Boundary(found.noise, 0, found.scores, found.held_out, None, {"seed": 0})
+    assert torch.equal(older.noise_for(pipe, 3), found.noise)  # which did not note them
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):

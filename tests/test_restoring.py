@@ -4,15 +4,17 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from PIL import Image
+from tqdm.auto import tqdm
 
 import sfumato
 from sfumato import storage
+from sfumato.boundary import Boundary
 from sfumato.cli import main
 from sfumato.restoring import RestoringConfig, run_restore
 
 
-def save_model(folder, scale=2, masked=False):
-    torch.manual_seed(0)
+def save_model(folder, scale=2, masked=False, seed=0):
+    torch.manual_seed(seed)
     unet = UNet2DModel(
         in_channels=6 + masked, out_channels=3, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
@@ -35,11 +37,8 @@ def save_picture(path, size=(6, 4), mode="RGB", colour=0):
 
 
 def run(model, images, output, **settings):
-    return run_restore(
-        RestoringConfig(
-            images=images, output=str(output), model=model, num_inference_steps=2, device="cpu", **settings
-        )
-    )
+    settings = {"num_inference_steps": 2, "device": "cpu", **settings}
+    return run_restore(RestoringConfig(images=images, output=str(output), model=model, **settings))
 
 
 def test_a_folder_is_restored_beside_its_originals(model, tmp_path):
@@ -58,6 +57,33 @@ def test_a_folder_is_restored_beside_its_originals(model, tmp_path):
         assert beside.size == (3 * 12 * large + 2 * 8, 8 * large)
     assert report["pipeline"] == "ResShiftPipeline" and set(report["fingerprints"]) == {"unet"}
     assert report["settings"]["seed"] == 0
+
+
+def test_of_a_folder_those_files_are_taken_that_can_be_read(model, tmp_path):
+    image = save_picture(tmp_path / "in" / "a.png")
+    Image.open(image).save(tmp_path / "in" / "b.mpo")
+    for name in ("report.pdf", "notes.palm"):  # which can only be written
+        Image.open(image).convert("1").save(tmp_path / "in" / name)
+    report = run(model, [str(tmp_path / "in")], tmp_path / "out", compare="none")
+    assert [one["source"].rsplit("/", 1)[1] for one in report["pictures"]] == ["a.png", "b.mpo"]
+    assert report["failures"] == []
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_bar_counts_the_steps_of_one_picture_and_the_pictures_of_many(model, tmp_path, monkeypatch, count):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *given, **how):
+            bars.append(how)
+            super().__init__(*given, **how)
+
+    monkeypatch.setattr("sfumato.progress.tqdm", Bar)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.tqdm", Bar)
+    images = [save_picture(tmp_path / f"{number}.png") for number in range(count)]
+    run(model, images, tmp_path / "out", num_inference_steps=3)
+    shown = [(how["desc"], how["total"]) for how in bars if not how["disable"]]
+    assert shown == [("restore", 3 if count == 1 else 2)]
 
 
 def test_the_comparison_shows_input_bicubic_and_result(model, tmp_path):
@@ -144,11 +170,50 @@ def test_holes_are_filled_and_the_rest_is_kept(tmp_path):
     assert beside.size == (2 * 6 * 42 + 8, 4 * 42)  # the size stays: no bicubic
 
 
+def save_boundary(path, noise, **settings):
+    scores = torch.zeros(1, dtype=torch.float64)
+    return str(Boundary(noise, 0, scores, scores.clone(), None, {"seed": 0, **settings}).save(path))
+
+
+def test_noise_of_another_search_is_refused_once(model, tmp_path):
+    image, file = save_picture(tmp_path / "a.png"), tmp_path / "boundary.safetensors"
+    pipe = sfumato.load(model)
+    pairs = [(torch.rand(3, 4, 6), torch.rand(3, 8, 12)) for _ in range(2)]
+    found = sfumato.find_boundary(pipe, pairs, candidates=1, num_inference_steps=2, progress=False)
+    boundary = str(found.save(file))
+    with pytest.raises(ValueError, match="was searched in 2 steps, not in 4: take as many"):
+        run(model, [image], tmp_path / "out", boundary=boundary, num_inference_steps=None)
+    other = save_model(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="was searched with another network .*search one for this"):
+        run(other, [image], tmp_path / "out", boundary=boundary)
+    with pytest.raises(ValueError, match=r"boundary.safetensors has the shape \(1, 3, 8, 12\), .*a.png needs"):
+        run(model, [save_picture(tmp_path / "a.png", size=(9, 9))], tmp_path / "out", boundary=boundary)
+    for number, noise in enumerate((torch.zeros(3, 8, 12), torch.full((1, 3, 8, 12), torch.nan))):
+        with pytest.raises(ValueError, match="holds no boundary; give a file written by Boundary.save"):
+            run(model, [image], tmp_path / "out", boundary=save_boundary(tmp_path / f"{number}.safetensors", noise))
+    assert not (tmp_path / "out").exists()
+    image = save_picture(tmp_path / "a.png")
+    assert len(run(model, [image], tmp_path / "out", boundary=boundary)["pictures"]) == 1
+
+
+def test_a_task_is_held_against_the_one_that_the_model_was_trained_for(tmp_path):
+    image, model = save_picture(tmp_path / "a.png"), save_model(tmp_path / "model", scale=1)
+    run(model, [image], tmp_path / "free", task="deblur")  # nothing tells
+    for content in ({}, {"settings": {"degradation": None}}, {"settings": []}):
+        (tmp_path / "model" / "manifest.json").write_text(json.dumps(content))
+        run(model, [image], tmp_path / f"free{len(str(content))}", task="deblur")
+    (tmp_path / "model" / "manifest.json").write_text(json.dumps({"settings": {"degradation": {"task": "denoise"}}}))
+    with pytest.raises(ValueError, match="is a model for denoise, not for deblur"):
+        run(model, [image], tmp_path / "out", task="deblur")
+    assert not (tmp_path / "out").exists()
+    run(model, [image], tmp_path / "out", task="denoise")
+
+
 def test_noise_that_was_searched_is_started_from(model, tmp_path):
     image = save_picture(tmp_path / "a.png")
     other = save_picture(tmp_path / "b.png", size=(9, 4))
     noise = torch.randn(1, 3, 8, 12, generator=torch.Generator().manual_seed(5))
-    file = str(storage.save_tensors(tmp_path / "boundary.safetensors", {"noise": noise}))
+    file = save_boundary(tmp_path / "boundary.safetensors", noise)
     report = run(model, [image, other], tmp_path / "out", boundary=file)
     assert [one["file"] for one in report["pictures"]] == ["a.png"]
     assert "`latents` must have the shape (1, 3, 8, 18)" in report["failures"][0]["error"]
@@ -157,6 +222,18 @@ def test_noise_that_was_searched_is_started_from(model, tmp_path):
         Image.open(image), num_inference_steps=2, latents=noise, generator=torch.Generator().manual_seed(0)
     ).images[0]  # fmt: skip
     assert Image.open(tmp_path / "out" / "a.png").tobytes() == expected.tobytes()
+
+
+def test_grey_pictures_of_sixteen_bits_keep_them(tmp_path):
+    values = torch.randint(0, 65536, (4, 6), generator=torch.Generator().manual_seed(0)).numpy().astype("uint16")
+    Image.fromarray(values).save(tmp_path / "a.png")
+    model, mask = save_model(tmp_path / "model", scale=1, masked=True), tmp_path / "mask.png"
+    Image.frombytes("L", (6, 4), bytes([255, 255, 255, 0, 0, 0] * 4)).save(mask)
+    run(model, [str(tmp_path / "a.png")], tmp_path / "out", mask=str(mask))
+    restored = Image.open(tmp_path / "out" / "a.png")
+    assert restored.mode == "I;16"
+    kept = restored.crop((3, 0, 6, 4))
+    assert kept.tobytes() == values[:, 3:].tobytes()
 
 
 def test_the_profile_of_colours_is_kept(model, tmp_path):
@@ -188,6 +265,49 @@ def test_settings_that_do_not_fit_the_model_are_refused_before_any_file_is_writt
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"num_inference_steps": 9}, r"`num_inference_steps` must be a whole number in \[1, 4\] .* got 9"),
+        ({"tile_size": -3}, "`tile_size` must be a whole multiple of 1 pixels .* got -3"),
+        ({"tile_size": 8, "tile_overlap": 8}, "`tile_overlap` must be from 0 to below the tile's 8 pixels, got 8"),
+        ({"tile_overlap": -1}, "`tile_overlap` must be 0 or more, got -1"),
+    ],
+)
+def test_settings_of_the_run_are_wrong_once_and_not_for_every_picture(model, tmp_path, settings, sentence):
+    image = save_picture(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=sentence):
+        run(model, [image], tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def save_mask(path, size=(6, 4), value=255):
+    Image.new("L", size, value).save(path)
+    return str(path)
+
+
+def test_a_mask_that_fits_no_picture_is_refused_once(tmp_path):
+    model = save_model(tmp_path / "model", scale=1, masked=True)
+    image, other = save_picture(tmp_path / "a.png"), save_picture(tmp_path / "b.png", size=(5, 4))
+    wrong = {
+        "black.png": ({"value": 0}, "black.png: `mask_image` marks nothing"),
+        "small.png": ({"size": (3, 3)}, r"small.png: `mask_image` must have the picture's size: .*\(3, 3\)"),
+    }
+    for name, (how, sentence) in wrong.items():
+        with pytest.raises(ValueError, match=sentence):
+            run(model, [image, other], tmp_path / "out", mask=save_mask(tmp_path / name, **how))
+    Image.new("I", (6, 4), 70000).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match="deep.tif: `image` must have values in"):
+        run(model, [image], tmp_path / "out", mask=str(tmp_path / "deep.tif"))
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="broken.png can't be read as a picture"):
+        run(model, [image], tmp_path / "out", mask=str(tmp_path / "broken.png"))
+    assert not (tmp_path / "out").exists()
+    report = run(model, [other, image], tmp_path / "out", mask=save_mask(tmp_path / "mask.png"))
+    assert [one["file"] for one in report["pictures"]] == ["a.png"]  # the other's size is its own failure
+    assert "must have the picture's size" in report["failures"][0]["error"]
+
+
 def test_what_is_missing_is_named(model, tmp_path):
     image = save_picture(tmp_path / "a.png")
     with pytest.raises(FileNotFoundError, match="There is no picture .*none.png"):
@@ -203,5 +323,5 @@ def test_what_is_missing_is_named(model, tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no picture .*mask.png"):
         run(filling, [image], tmp_path / "out", mask=str(tmp_path / "mask.png"))
     other = storage.save_tensors(tmp_path / "other.safetensors", {"scores": torch.zeros(1)})
-    with pytest.raises(ValueError, match="holds no tensor `noise`"):
+    with pytest.raises(ValueError, match="holds no boundary"):
         run(model, [image], tmp_path / "out", boundary=str(other))

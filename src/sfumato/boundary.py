@@ -43,14 +43,15 @@ class Boundary:
     """The best initial noise, and what was measured.
 
     Attributes:
-        noise: ``(1, C, h, w)``, float32: pass it as ``latents``.
+        noise: ``(1, C, h, w)``, float32: pass it as ``latents``; `noise_for` also sees that it is for the call.
         seed: The seed that draws it: with it, ``generator=torch.Generator().manual_seed(seed)`` starts alike.
         scores: Mean of the metric for each candidate ``(K,)``, float64, on those pairs of the half that chooses which
             it was tried on; candidate k has the seed of the search plus k.
         held_out: Likewise on the other half; not a number for candidates that halving did not try there.
         rank_correlation: Spearman's, between the candidates' scores on the two halves of the pairs (with halving, on
             two halves of the pairs of its first round). None for fewer than three candidates, or too few pairs.
-        settings: Of the search.
+        settings: Of the search; also the steps of its runs, ``num_inference_steps``, and the network, as the
+            fingerprint of its weights, ``unet``.
     """
 
     noise: Tensor
@@ -82,6 +83,32 @@ class Boundary:
         """Whether the best is better than that on pairs that did not choose it."""
         return self.random_score is not None and self.held_out_score < self.random_score
 
+    def noise_for(self, pipe: Any, num_inference_steps: int | None = None) -> Tensor:
+        """Give the noise for a call of a pipeline, if it was searched for such calls.
+
+        Args:
+            pipe: The pipeline.
+            num_inference_steps: Steps that the call will take; None for the pipeline's default.
+
+        Returns:
+            ``(1, C, h, w)``, to be passed as ``latents``.
+
+        Raises:
+            ValueError: If it was searched with another network, or in another number of steps.
+        """
+        steps, searched = pipe.check_settings(num_inference_steps), self.settings.get("num_inference_steps")
+        known, own = self.settings.get("unet"), storage.fingerprint(pipe.unet.named_parameters())
+        if known not in (None, own):
+            raise ValueError(
+                f"The boundary was searched with another network (fingerprint {known}) than this (fingerprint {own}):"
+                " search one for this with sfumato.find_boundary."
+            )
+        if searched not in (None, steps):
+            raise ValueError(
+                f"The boundary was searched in {searched} steps, not in {steps}: take as many, or search another."
+            )
+        return self.noise
+
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file; `load` and ``sfumato restore --boundary`` read it.
 
@@ -101,10 +128,19 @@ class Boundary:
             ValueError: If it is damaged, or holds something else.
         """
         tensors, facts = storage.load_tensors(path), storage.read_metadata(path).get("boundary")
-        if not isinstance(facts, dict) or not {"noise", "scores", "held_out"} <= set(tensors):
+        facts = facts if isinstance(facts, dict) else {}
+        whole = {"seed", "rank_correlation", "settings"} <= set(facts) and {"scores", "held_out"} <= set(tensors)
+        if not whole or not _is_noise(tensors.get("noise")):
             raise ValueError(f"{path} holds no boundary; give a file written by Boundary.save.")
         return cls(tensors["noise"], facts["seed"], tensors["scores"], tensors["held_out"],
                    facts["rank_correlation"], facts["settings"])  # fmt: skip
+
+
+def _is_noise(tensor: Tensor | None) -> bool:
+    """Whether it is noise of one picture `(1, C, h, w)`."""
+    if tensor is None or tensor.ndim != 4 or len(tensor) != 1:
+        return False
+    return tensor.is_floating_point() and bool(tensor.isfinite().all())
 
 
 def mean_squared_error(restored: Tensor, clean: Tensor) -> Tensor:
@@ -175,7 +211,7 @@ def find_boundary(
         ValueError: If a setting is out of range, pictures do not fit together, or the metric gives something else.
     """
     _check_search(pipe, pairs, candidates, batch_size, seed, call)
-    steps = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
+    steps = {"num_inference_steps": pipe.check_settings(num_inference_steps)}
     trial = _Trial(pipe, pairs, metric, seed, batch_size, {**steps, **call})
     scores = torch.full((candidates, len(pairs)), torch.nan, dtype=torch.float64)
     choosing, judging = list(range(0, len(pairs), 2)), list(range(1, len(pairs), 2))
@@ -196,6 +232,7 @@ def find_boundary(
         **{name: value for name, value in call.items() if isinstance(value, bool | int | float | str)}, **steps,
         "candidates": candidates, "pairs": len(pairs), "seed": seed, "halving": halving,
         "metric": getattr(metric, "__name__", type(metric).__name__),
+        "unet": storage.fingerprint(pipe.unet.named_parameters()),
     }  # fmt: skip
     return Boundary(
         trial.noise(best), seed + best, scores[:, choosing].nanmean(dim=1), scores[:, judging].nanmean(dim=1),
@@ -206,7 +243,7 @@ def find_boundary(
 def _check_search(
     pipe: Any, pairs: Sequence[Sequence[Any]], candidates: int, batch_size: int, seed: int, call: dict[str, Any]
 ) -> None:
-    if not hasattr(pipe, "latents_shape"):
+    if not hasattr(pipe, "check_settings"):
         raise ValueError(
             f"`pipe` must restore pictures, as ResShiftPipeline and RDDMPipeline do, got a {type(pipe).__name__}."
         )

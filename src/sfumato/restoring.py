@@ -14,14 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
 import sfumato
 from sfumato import storage
+from sfumato.boundary import Boundary
 from sfumato.evaluation.report import picture_grid
 from sfumato.loading import EMBEDDED
 from sfumato.pipelines.restoration import RestorationPipeline, degraded_start
-from sfumato.pipelines.restoration_pictures import read_masks, read_pictures
+from sfumato.pipelines.restoration_pictures import Picture, read_masks, read_pictures
 from sfumato.progress import Track
 
 __all__ = ["RestoringConfig", "run_restore"]
@@ -38,7 +38,7 @@ class RestoringConfig:
         output: A new or empty folder.
         model: A folder that ``save_pretrained`` of a restoration pipeline wrote.
         task: What is expected of the model: ``"sr"``, ``"inpaint"``, ``"denoise"`` or ``"deblur"``; None takes what
-            it does.
+            it does. (The folder of a training run tells that; of others, denoising and deblurring are not told apart.)
         scale: Size of the result over that of the picture that is expected of the model; None takes the model's.
         mask: File of the mask for a model that fills holes, white where it is to fill; it serves all pictures.
         num_inference_steps: Steps; None for the model's.
@@ -86,7 +86,8 @@ def run_restore(config: RestoringConfig) -> dict[str, Any]:
 
     Returns:
         What ``restored.json`` holds: the settings, the model, and, under ``pictures`` and ``failures``, what became of
-        each. Beside it are the restored pictures, as PNG, and, under ``comparisons``, each beside its original.
+        each. Beside it are the restored pictures, as PNG of 8 bits, or of 16 for grey pictures of 16 bits (PIL reads
+        no others), and, under ``comparisons``, each beside its original.
 
     Raises:
         FileExistsError: If the output folder holds something.
@@ -97,19 +98,22 @@ def run_restore(config: RestoringConfig) -> dict[str, Any]:
     _check_settings(config)
     jobs = _jobs(_files(config.images))
     mask = None if config.mask is None else _read(Path(config.mask))
-    latents = None if config.boundary is None else _noise(config.boundary)
+    boundary = None if config.boundary is None else Boundary.load(config.boundary)
     pipe = _load(config)
     call = {
         name: getattr(config, name)
         for name in ("num_inference_steps", "tile_size", "tile_overlap")
         if getattr(config, name) is not None
     }
-    call |= {} if latents is None else {"latents": latents}
+    pipe.check_settings(**call)
+    pipe.set_progress_bar_config(desc="restore", disable=len(jobs) > 1)
+    call |= {} if boundary is None else {"latents": boundary.noise_for(pipe, config.num_inference_steps)}
     call |= {} if mask is None else {"mask_image": mask}
+    _check_fit(pipe, jobs, config, call)
     report: dict[str, Any] = {"settings": asdict(config), **_facts(pipe), "pictures": [], "failures": []}
     batches = [jobs[first : first + config.batch_size] for first in range(0, len(jobs), config.batch_size)]
     with storage.claimed(output, own=frozenset()):
-        for batch in Track(batches, "restore"):
+        for batch in Track(batches, "restore", shown=len(jobs) > 1):  # one picture's bar is the pipeline's own
             for job, restored, seconds in _restore(pipe, batch, call, config.seed):
                 if restored is None:
                     report["failures"].append({"source": str(job.source), "error": job.error})
@@ -134,7 +138,8 @@ def _check_settings(config: RestoringConfig) -> None:
 
 def _files(images: Sequence[str]) -> list[Path]:
     """The files that are named, and those of pictures in folders that are."""
-    known, found = set(Image.registered_extensions()), []
+    kinds, found = Image.registered_extensions(), []
+    known = {ending for ending, kind in kinds.items() if kind in Image.OPEN or kind == "MPO"}  # opened as JPEG
     for path in map(Path, images):
         if path.is_dir():
             shown = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
@@ -176,13 +181,6 @@ def _read(path: Path) -> Image.Image:
     return image
 
 
-def _noise(path: str) -> Tensor:
-    tensors = storage.load_tensors(path)
-    if "noise" not in tensors:
-        raise ValueError(f"{path} holds no tensor `noise`; give a file written by Boundary.save.")
-    return tensors["noise"]
-
-
 def _load(config: RestoringConfig) -> Any:
     """Load the model, and see that it does what is expected."""
     if config.model not in EMBEDDED and not Path(config.model).is_dir():
@@ -197,7 +195,7 @@ def _load(config: RestoringConfig) -> Any:
             " or RDDMPipeline."
         )
     scale, masked = pipe.config.scale, pipe.config.masked
-    able = ("inpaint",) if masked else ("sr",) if scale > 1 else ("denoise", "deblur")
+    able = _able(config.model, scale, masked)
     if config.task is not None and config.task not in able:
         raise ValueError(f"{config.model} is a model for {' or '.join(able)}, not for {config.task}.")
     if config.scale not in (None, scale):
@@ -206,8 +204,58 @@ def _load(config: RestoringConfig) -> Any:
         raise ValueError(f"{config.model} fills holes: give --mask, a picture that is white where it is to fill.")
     if config.mask is not None and not masked:
         raise ValueError(f"{config.model} is not given masks: drop --mask.")
-    pipe.set_progress_bar_config(disable=True)
     return pipe.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _able(model: str, scale: int, masked: bool) -> tuple[str, ...]:
+    """Tasks that a model may be for: the one that it was trained for, if its manifest says that."""
+    able = ("inpaint",) if masked else ("sr",) if scale > 1 else ("denoise", "deblur")
+    manifest = Path(model, "manifest.json")
+    facts: Any = storage.read_json(manifest) if manifest.is_file() else {}
+    for name in ("settings", "degradation", "task"):
+        facts = facts.get(name) if isinstance(facts, dict) else None
+    return (facts,) if facts in able else able
+
+
+def _check_fit(pipe: Any, jobs: Sequence[_Job], config: RestoringConfig, call: dict[str, Any]) -> None:
+    """Raise a ValueError for a mask or noise that fits none of the pictures: that is no fault of theirs."""
+    mask, latents = call.get("mask_image"), call.get("latents")
+    if mask is not None:
+        _check_mask(mask, _named(mask, config.mask), config.mask)  # it has its own size; does it mark anything?
+    misfit: ValueError | None = None
+    for job in jobs if call.keys() & {"mask_image", "latents"} else ():
+        try:
+            picture = _named(_read(job.source), job.source)
+        except (ValueError, OSError):
+            continue  # said when it is its turn
+        try:
+            if mask is not None:
+                _check_mask(mask, picture, config.mask)
+            if latents is not None and tuple(latents.shape) != (1, *(shape := pipe.latents_shape(*picture.size))):
+                raise ValueError(
+                    f"The noise of {config.boundary} has the shape {tuple(latents.shape)}, {job.source} needs"
+                    f" {(1, *shape)}: restore pictures of the size that it was searched for."
+                )
+            return
+        except ValueError as error:
+            misfit = misfit or error
+    if misfit is not None:
+        raise misfit
+
+
+def _named(image: Image.Image, path: Any) -> Picture:
+    """A picture as networks see it; what is wrong with it is said with its path."""
+    try:
+        return read_pictures(image)[0]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_mask(mask: Image.Image, picture: Picture, path: Any) -> None:
+    try:
+        read_masks(mask, [picture])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _facts(pipe: Any) -> dict[str, Any]:

@@ -104,6 +104,8 @@ def test_a_run_that_makes_no_sense_is_refused(restorers):
     image = torch.rand(3, 4, 4)
     with pytest.raises(ValueError, match="This model restores pictures: give it `image`"):
         restoring()
+    with pytest.raises(ValueError, match="This model restores pictures: give it `image`"):
+        restorers.pipe("rddm", conditioned=False, masked=True)(height=8, width=8)
     with pytest.raises(ValueError, match="`mask_image` goes with `image`"):
         drawing(mask_image=image)
     with pytest.raises(ValueError, match="`height` must be a whole number from 1 on, got None"):

@@ -1,4 +1,5 @@
 import io
+import json
 from contextlib import redirect_stderr
 
 import pytest
@@ -199,11 +200,13 @@ def test_impossible_tiles_are_refused(restorers, call, sentence):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "I;16"])
 def test_what_is_not_masked_stays_to_the_bit(restorers, kind, mode):
     pipe = restorers.pipe(kind, masked=True)
     values = (pictures(len(Image.new(mode, (1, 1)).getbands()), 6, 5) * 255).round().byte().permute(1, 2, 0).numpy()
-    image = Image.fromarray(values[..., 0] if mode == "L" else values)
+    image = Image.fromarray(values if mode in ("RGB", "RGBA") else values[..., 0])
+    if mode == "I;16":
+        image = Image.fromarray(values[..., 0].astype("uint16") * 256 + values[::-1, ..., 0])
     mask = torch.zeros(6, 5)
     mask[1:4, 2:4] = 1
     found = pipe(image, mask, num_inference_steps=2, generator=seeded()).images[0]
@@ -360,9 +363,45 @@ def test_networks_and_samplers_that_do_not_fit_are_refused(restorers, kind):
 
 def test_a_sampler_that_is_exchanged_later_is_checked_by_the_call(restorers):
     pipe = restorers.pipe("rddm")
-    pipe.scheduler = sfumato.RDDMScheduler(prediction_type="pred_res")
-    with pytest.raises(ValueError, match="must .*put out 3, 1 \\* 3 .* prediction_type 'pred_res'"):
+    own, pipe.scheduler = pipe.scheduler, sfumato.RDDMScheduler(prediction_type="pred_res")
+    with pytest.raises(ValueError, match="of `prediction_type` 'pred_res_noise', this one has 'pred_res': keep the"):
         pipe(pictures(3, 4, 4))
+    with pytest.raises(ValueError, match="must .*put out 3, 1 \\* 3 .* prediction_type 'pred_res'"):
+        type(pipe)(pipe.unet, pipe.scheduler)
+    pipe.scheduler = type(own).from_config(own.config)  # one like it
+    pipe(pictures(3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        ("resshift", {"prediction_type": "residual"}), ("resshift", {"num_train_timesteps": 15}),
+        ("rddm", {"prediction_type": "pred_x0_noise"}), ("rddm", {"num_train_timesteps": 500}),
+    ],
+)  # fmt: skip
+def test_a_folder_is_not_loaded_with_the_sampler_of_another_model(restorers, kind, changed, tmp_path):
+    pipe = restorers.pipe(kind)
+    pipe.save_pretrained(tmp_path)
+    other = type(pipe.scheduler).from_config(pipe.scheduler.config, **changed)
+    ((name, value),) = changed.items()
+    assert sfumato.load(tmp_path).config[name] == pipe.scheduler.config[name]
+    with pytest.raises(ValueError, match=f"trained with a scheduler of `{name}` .* this one has {value!r}: keep"):
+        type(pipe).from_pretrained(tmp_path, scheduler=other)
+    with pytest.raises(ValueError, match=f"trained with a scheduler of `{name}`"):
+        type(pipe).from_pipe(pipe, scheduler=other)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    for known in ("prediction_type", "num_train_timesteps"):
+        del index[known]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))  # as earlier releases wrote it
+    assert type(pipe).from_pretrained(tmp_path).config[name] == pipe.scheduler.config[name]
+
+
+def test_a_sampler_that_scales_for_latents_is_refused_in_pixels_and_the_other_way_round(restorers):
+    with pytest.raises(ValueError, match="runs in pixels, .* `latent_space` is True, .*with latent_space=False"):
+        restorers.pipe(latent_space=True)
+    with pytest.raises(ValueError, match="runs in latents, .* `latent_space` is False, .*with latent_space=True"):
+        restorers.pipe(scale=4, vae=restorers.vae("kl", 3), latent_space=False)
+    assert restorers.pipe(latent_space=True, normalize_input=False).vae is None  # nothing is scaled
 
 
 @pytest.mark.parametrize(
@@ -370,7 +409,7 @@ def test_a_sampler_that_is_exchanged_later_is_checked_by_the_call(restorers):
     [
         ({"output_type": "latent"}, "`output_type` must be 'pil', 'np' or 'pt', got 'latent'"),
         ({"generator": [seeded()] * 3}, "`generator` must be one or a list of 1, one a picture, got 3"),
-        ({"num_inference_steps": 5}, "from 1 to 4|at most|4"),
+        ({"num_inference_steps": 5}, r"`num_inference_steps` must be a whole number in \[1, 4\] .*, got 5"),
     ],
 )
 def test_other_arguments_out_of_range_are_refused(restorers, call, sentence):

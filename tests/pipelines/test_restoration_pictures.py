@@ -27,8 +27,10 @@ def test_every_mode_is_read_as_three_channels_and_comes_back_in_its_kind(mode):
     assert picture.pixels.shape == (3, 4, 5) and picture.pixels.dtype == torch.float32
     assert picture.grey == (mode in ("1", "L", "LA", "I;16", "I", "F"))
     assert (picture.alpha is not None) == mode.lower().endswith("a")
-    (back,) = join_pictures([finish_picture(picture, picture.pixels, None, 1)], "pil")
-    assert back.mode == ("L" if picture.grey else "RGB") + "A" * (picture.alpha is not None)
+    expected = ("L" if picture.grey else "RGB") + "A" * (picture.alpha is not None)
+    assert picture.deep == mode.startswith("I")
+    (back,) = join_pictures([finish_picture(picture, picture.pixels, None, 1)], "pil", [picture])
+    assert back.mode == ("I;16" if picture.deep else expected)
     if mode in ("L", "LA", "RGB", "RGBA"):
         assert back.tobytes() == image.tobytes()
 
@@ -61,6 +63,20 @@ def test_sixteen_bits_are_scaled_and_not_clipped(order):
     (picture,) = read_pictures(image)
     assert picture.grey
     assert picture.pixels[0].numpy() == pytest.approx(values / 65535.0, abs=1e-7)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_sixteen_bits_of_grey_come_back_to_the_bit(mode):
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    image = Image.fromarray(values) if mode == "I;16" else Image.fromarray(values.astype(np.int32), "I")
+    (picture,) = read_pictures(image)
+    hole = torch.zeros(1, 256, 256, dtype=torch.bool)
+    hole[:, :2] = True
+    (back,) = join_pictures([finish_picture(picture, torch.rand(3, 256, 256), hole, 1)], "pil", [picture])
+    assert back.mode == "I;16"
+    assert (np.asarray(back)[2:] == values[2:]).all() and not (np.asarray(back)[:2] == values[:2]).all()
+    (plain,) = read_pictures(values)  # an array says nothing of PIL
+    assert join_pictures([plain.pixels[:1]], "pil", [plain])[0].mode == "L"
 
 
 def test_sixteen_bits_of_colour_are_read():

@@ -52,3 +52,17 @@ def test_every_tile_is_seen_with_its_part_of_the_condition(batch_size):
     blended = Tiles.over((12, 20), 8, 4, 4, batch_size).blend(network, sample, condition)
     assert torch.allclose(blended, torch.cat([sample, sample], dim=1), atol=1e-6)
     assert sum(sizes) == 2 * 2 * 4 and max(sizes) == (batch_size or 16)
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(0, [5]), (2, [2, 2, 1]), (16, [5])])
+@pytest.mark.parametrize("told", [True, False])
+def test_pictures_of_one_tile_are_seen_so_many_at_once_too(batch_size, expected, told):
+    sample, sizes = torch.rand(5, 3, 8, 8), []
+
+    def network(part, known):
+        assert known is None if not told else torch.equal(known, -part)
+        sizes.append(len(part))
+        return 2 * part
+
+    blended = Tiles.over((8, 8), 8, 4, 4, batch_size).blend(network, sample, -sample if told else None)
+    assert torch.equal(blended, 2 * sample) and sizes == expected
