@@ -6,9 +6,11 @@ from torch import nn
 
 from sfumato.restoration.degradations import Degradation
 from sfumato.restoration.examples import Examples
-from sfumato.trainer import Shard
+from sfumato.restoration.networks import load_autoencoder
+from sfumato.trainer import Shard, TrainingConfig, make_accelerator
 from sfumato.training.resshift import ResShiftConfig, ResShiftObjective
 
+HALF = TrainingConfig(mixed_precision="bf16")
 ROOTS = (0.1, 0.520096, 0.761382, 0.99)  # of eta, for T = 4, m = 0.2, k = 2: the sheet's
 
 
@@ -83,6 +85,19 @@ def test_samples_do_not_depend_on_how_a_batch_is_shared():
     assert torch.equal(whole.noise(), torch.cat([part.noise() for part in parts]))
     assert torch.equal(whole.times(1000), torch.cat([part.times(1000) for part in parts]))
     assert not torch.equal(whole.clean, examples.draw(Echo(12), 3, Shard(0, 1)).clean)
+
+
+@pytest.mark.parametrize("task", ["sr", "deblur"])
+@pytest.mark.parametrize("latent", [False, True])
+def test_pictures_are_degraded_and_encoded_in_float32_under_mixed_precision(task, latent):
+    vae = load_autoencoder("atelier") if latent else None
+    examples, accelerator = Examples(Noise(), Degradation(task), 4, 1, vae), make_accelerator(HALF)
+    plain = examples.draw(Echo(12), 0, Shard(0, 1))
+    with accelerator.autocast():  # as the trainer asks for losses
+        mixed = examples.draw(Echo(12), 0, Shard(0, 1))
+    for name in ("clean", "degraded", "condition"):
+        assert getattr(mixed, name).dtype == torch.float32
+        assert torch.equal(getattr(mixed, name), getattr(plain, name))
 
 
 def test_noise_level_is_the_published_one_for_4_and_15_steps():

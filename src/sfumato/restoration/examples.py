@@ -88,7 +88,7 @@ class Examples:
             self._ahead[step + 1, shard] = self._reader.submit(self._read, step + 1, shard)
         _, keys = self._samples(step, shard)
         pictures = pictures.to(next(model.parameters()).device)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):  # mixed precision is the network's
             clean = encode_pixels(self.vae, pictures)
             if self.degradation is None:
                 return Batch(clean, None, None, keys)
