@@ -1,7 +1,9 @@
 """The job: it learns, resumes to the bit, leaves a pipeline, and says what is wrong before the long work."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,6 +231,17 @@ def test_no_pictures_and_broken_ones_are_refused_and_nothing_is_left(tmp_path, r
     with pytest.raises(ValueError, match=r"one\.png: can't be read"):
         run(tmp_path / "out", str(pictures))
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_to_validate_with_are_not_trained_on(tmp_path, renders):
+    with pytest.raises(ValueError, match="All pictures of .* are in .* too"):
+        run(tmp_path / "out", renders, job={"held_out": renders})
+    data = tmp_path / "data"
+    (data / "inner").mkdir(parents=True)
+    for place, file in enumerate(sorted(Path(renders).glob("*.png"))[:12]):
+        shutil.copy(file, data / "inner" if place < 4 else data)
+    run(tmp_path / "out", str(data), steps=2, job={"held_out": str(data / "inner"), "batch_size": 2})
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["pictures"]["pictures"] == 8
 
 
 def test_a_run_of_other_settings_or_pictures_is_not_resumed(tmp_path, renders):

@@ -110,6 +110,17 @@ def test_what_is_held_out_is_not_trained_on(folder):
         split(Some(source, [0, 1]), 64, seed=0)
 
 
+def test_a_folder_to_validate_with_is_left_out_of_the_folder_around_it(folder, tmp_path_factory):
+    before, kept = (folder_pictures(folder, 16, without=w, shown=False) for w in (None, folder / "inner"))
+    assert len(before) == 5 and len(kept) == 4
+    assert torch.equal(kept.take(range(4)), before.take(range(4))) and kept.facts() != before.facts()
+    linked = tmp_path_factory.mktemp("links") / "link"
+    linked.symlink_to(folder, target_is_directory=True)
+    for data, held_out in ((folder, folder), (folder / "inner", folder), (linked, folder)):
+        with pytest.raises(ValueError, match="All pictures of .* are in .* too: hold out a folder of other pictures"):
+            folder_pictures(data, 16, without=held_out, shown=False)
+
+
 def test_facts_tell_other_pictures_but_not_another_place(folder, tmp_path_factory):
     moved = tmp_path_factory.mktemp("moved")
     for file in folder.rglob("*.png"):

@@ -67,9 +67,10 @@ class JobConfig:
         size: Height and width that pictures are trained at, cropped from larger ones; None is 32 for ``atelier``,
             otherwise 64.
         unfit: What to do with pictures that can't be read or are smaller: ``"refuse"`` or ``"skip"``.
-        held_out: A folder of pictures to validate with; None holds some out of the data (of ``atelier``, takes the
-            test pictures).
-        held_out_pictures: How many to validate with, at each checkpoint.
+        held_out: A folder of pictures to validate with, which are left out of the data if they lie in its folder;
+            None holds some out of the data (of ``atelier``, takes the test pictures).
+        held_out_pictures: How many to validate with, at each checkpoint; held out of the data, no more than a tenth
+            of it.
         batch_size: Pictures of a step, on all processes together.
         distance: Beside PSNR and SSIM: ``judge``, ``lpips:alex``, or any of `sfumato.evaluation.features`; ``none``
             measures none, None is ``judge`` for ``atelier``.
@@ -256,7 +257,7 @@ def _pictures(job: JobConfig, seed: int, shown: bool) -> tuple[Pictures, Picture
         return Renders(job.data_dir), others or Renders(job.data_dir, "test")
     how: dict[str, Any] = {"unfit": job.unfit, "shown": shown}
     if Path(job.data).is_dir():
-        whole = folder_pictures(job.data, job.side, **how)
+        whole = folder_pictures(job.data, job.side, without=job.held_out, **how)
     else:
         whole = hub_pictures(job.data, job.side, split=job.data_split, **how)
     return split(whole, job.held_out_pictures, seed) if others is None else (whole, others)

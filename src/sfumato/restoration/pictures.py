@@ -220,29 +220,45 @@ def split(whole: Pictures, held_out: int, seed: int) -> tuple[Some, Some]:
     return Some(whole, sorted(order[count:])), Some(whole, sorted(order[:count]))
 
 
-def folder_pictures(folder: str | Path, size: int, *, unfit: str = "refuse", shown: bool = True) -> Crops:
+def folder_pictures(
+    folder: str | Path, size: int, *, unfit: str = "refuse", without: str | Path | None = None, shown: bool = True
+) -> Crops:
     """Open a folder of pictures.
 
     Args:
         folder: Searched for picture files, folders in it too.
         size: Of the crops.
         unfit: See `Crops`.
+        without: A folder whose pictures are left out: those that are validated with.
         shown: See `Crops`.
 
     Raises:
         FileNotFoundError: If there are none.
-        ValueError: See `Crops`.
+        ValueError: If all are left out; see also `Crops`.
     """
-    folder = Path(folder)
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    if not files:
-        raise FileNotFoundError(f"There are no pictures ({', '.join(sorted(SUFFIXES))}) in {folder}.")
+    folder, files = Path(folder), _picture_files(folder)
+    if without is not None:
+        others = {file.resolve() for file in _picture_files(without)}
+        kept = [file for file in files if file.resolve() not in others]
+        if not kept:
+            raise ValueError(f"All pictures of {folder} are in {without} too: hold out a folder of other pictures.")
+        if len(kept) < len(files) and shown:
+            logger.warning(f"{len(files) - len(kept)} pictures of {folder} are held out, and not trained on.")
+        files = kept
     names = [str(file.relative_to(folder)) for file in files]
     listed = "\n".join(f"{name} {file.stat().st_size}" for name, file in zip(names, files, strict=True))
     digest = hashlib.sha256(listed.encode()).hexdigest()
     return Crops(
         str(folder), names, lambda index: Image.open(files[index]), size, unfit=unfit, digest=digest, shown=shown
     )
+
+
+def _picture_files(folder: str | Path) -> list[Path]:
+    """Files of a folder that are pictures by their names, in order."""
+    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not files:
+        raise FileNotFoundError(f"There are no pictures ({', '.join(sorted(SUFFIXES))}) in {folder}.")
+    return files
 
 
 def hub_pictures(name: str, size: int, *, split: str = "train", unfit: str = "refuse", shown: bool = True) -> Crops:
