@@ -227,7 +227,7 @@ def train_restoration(
         if vae is not None:
             vae.to(accelerator.device)
         examples = Examples(source, asked, job.batch_size, training.seed, vae, method.conditioned)
-        run = _Run(method, job, training, model, examples, config, accelerator, folder, began)
+        run = _Run(method, job, network, training, model, examples, config, accelerator, folder, began)
         with explained(accelerator.device, folder, {"batch_size", *asdict(training)}):
             history = run.train(hold_out(others, asked, job.held_out_pictures, training.seed))
         nn.Module.to(model, "cpu", getattr(torch, job.save_dtype))  # diffusers' own warns of every cast
@@ -267,8 +267,8 @@ class _Run:
     """A training run in its folder."""
 
     def __init__(
-        self, method: Method, job: JobConfig, training: TrainingConfig, model: nn.Module, examples: Examples,
-        config: Mapping[str, Any], accelerator: Accelerator, folder: Path, began: float,
+        self, method: Method, job: JobConfig, network: NetworkConfig, training: TrainingConfig, model: nn.Module,
+        examples: Examples, config: Mapping[str, Any], accelerator: Accelerator, folder: Path, began: float,
     ) -> None:  # fmt: skip
         self.method, self.job, self.training, self.model, self.examples = method, job, training, model, examples
         self.config, self.accelerator, self.folder, self.began = config, accelerator, folder, began
@@ -277,7 +277,9 @@ class _Run:
             "method": method.name, "settings": asdict(method.settings), "config": dict(config),
             "degradation": None if degradation is None else asdict(degradation),
             "pictures": examples.pictures.facts(), "network": storage.fingerprint(model.named_parameters()),
+            "shape": {name: value for name, value in asdict(network).items() if name != "vae"},  # not all of it shows in weights
             "vae": None if vae is None else storage.fingerprint(vae.named_parameters()),
+            "scaling_factor": None if vae is None else vae.config.scaling_factor,
         }  # fmt: skip
         self.shadow = copy.deepcopy(model).eval().requires_grad_(False)  # what validation looks with
         self.validation: Validation | None = None
@@ -288,6 +290,8 @@ class _Run:
         resume, accelerator = self.job.resume, self.accelerator
         common: dict[str, Any] = {"identity": self.identity, "output_dir": self.folder, "accelerator": accelerator}
         preflight(self.model, self.examples.batch_size, self.training, resume=resume, **common)
+        if resume and checkpoints.newest(self.folder) is not None:
+            validation.check_same_curves(self.folder, held_out, str(self.job.distance))
         if accelerator.is_main_process:
             self._prepare_validation(held_out)
         history = train(
@@ -306,7 +310,7 @@ class _Run:
             sets = between_sets(name, device)
         elif name != "none":
             distance = find_distance(name, device)
-        self.validation = Validation(held_out, self.config["scale"], distance, self.folder, sets)
+        self.validation = Validation(held_out, self.config["scale"], distance, self.folder, sets, name)
         newest = checkpoints.newest(self.folder) if self.job.resume else None
         if newest is not None:
             self.validation.go_on(checkpoints.step_of(newest))
