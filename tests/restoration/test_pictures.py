@@ -1,11 +1,13 @@
 """Sources of clean pictures: any size and mode, by position and key; what can't be used is named before the start."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sfumato.restoration.pictures import Renders, Some, folder_pictures, hub_pictures, split
+from sfumato.restoration.pictures import Crops, Renders, Some, _of_row, folder_pictures, hub_pictures, split
 
 KEYS = [(1, 2, k) for k in range(5)]
 
@@ -89,6 +91,30 @@ def test_broken_and_small_pictures_are_named_or_left_out(folder, caplog):
     kept = folder_pictures(folder, 16, unfit="skip", shown=False)
     assert len(kept) == 5 and "broken.png" in caplog.text
     assert kept.take(range(5)).shape == (5, 3, 16, 16)
+
+
+def test_pictures_that_no_crop_can_be_read_from_are_named_or_left_out(folder):
+    rng = np.random.default_rng(2)
+    Image.fromarray((255 * rng.random((20, 20))).astype(np.float32)).save(folder / "float.tif")
+    Image.fromarray(np.full((20, 20), 70000, np.int32)).save(folder / "wide.tif")
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72  # turned; then a resolution becomes a maker, which is no text
+    broken = exif.tobytes().replace(b"\x01\x1a\0\x05", b"\x01\x0f\0\x05")
+    save(folder, "turned.png", np.zeros((20, 20, 3), np.uint8), exif=broken)
+    with pytest.raises(ValueError, match=r"3 of 8 pictures of .* can't be used") as refused:
+        folder_pictures(folder, 16, shown=False)
+    for name in ("float.tif", "wide.tif", "turned.png"):
+        assert f"{name}: can't be read" in str(refused.value)
+    kept = folder_pictures(folder, 16, unfit="skip", shown=False)
+    assert kept.take(range(len(kept)), [(k,) for k in range(len(kept))]).isfinite().all()
+
+
+def test_a_row_of_a_data_set_without_a_picture_is_named_or_left_out():
+    rows = [{"image": Image.new("RGB", (20, 20))}, {"image": None}]
+    opened = partial(_of_row, rows, "image")
+    with pytest.raises(ValueError, match=r"1 of 2 pictures of set can't be used \(b: can't be read \(the row has"):
+        Crops("set", "ab", opened, 16, shown=False)
+    assert len(Crops("set", "ab", opened, 16, unfit="skip", shown=False)) == 1
 
 
 def test_folders_without_a_usable_picture_are_refused(tmp_path):

@@ -277,7 +277,7 @@ class _Run:
             "method": method.name, "settings": asdict(method.settings), "config": dict(config),
             "degradation": None if degradation is None else asdict(degradation),
             "pictures": examples.pictures.facts(), "network": storage.fingerprint(model.named_parameters()),
-            "shape": {name: value for name, value in asdict(network).items() if name != "vae"},  # not all of it shows in weights
+            "shape": {name: value for name, value in asdict(network).items() if name != "vae"},
             "vae": None if vae is None else storage.fingerprint(vae.named_parameters()),
             "scaling_factor": None if vae is None else vae.config.scaling_factor,
         }  # fmt: skip

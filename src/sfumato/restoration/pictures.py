@@ -143,7 +143,7 @@ class Crops:
 
     def _crop(self, position: int, key: Key | None) -> torch.Tensor:
         """A crop (3, size, size) in [0, 1]."""
-        image = ImageOps.exif_transpose(self._opened(self._fit[position]))  # as a viewer shows it
+        image = self._turned(self._fit[position])
         spare = [length - self.size for length in image.size]
         left, top = (length // 2 for length in spare)
         if key is not None:
@@ -153,6 +153,12 @@ class Crops:
         mirrored = key is not None and rng_for(*key, MIRROR).random() < 0.5
         return crop.pixels.flip(2) if mirrored else crop.pixels
 
+    def _turned(self, index: int) -> Image.Image:
+        """A picture as a viewer shows it."""
+        with self._opened(index) as image:
+            image.load()  # a file that is cut short has a sound header
+            return ImageOps.exif_transpose(image)
+
     def _look_through(self, count: int, shown: bool) -> dict[int, str]:
         """What is wrong with pictures that can't be used, by their index."""
         found = self._pool.map(self._fault, range(count))
@@ -160,13 +166,15 @@ class Crops:
         return {index: fault for index, fault in faults if fault is not None}
 
     def _fault(self, index: int) -> str | None:
+        """What reading a picture as a crop is read comes to, before the training does."""
         try:
-            with self._opened(index) as image:
-                image.load()  # a file that is cut short has a sound header
-                if min(image.size) < self.size:
-                    width, height = image.size
-                    return f"{width}x{height}, smaller than the crops of {self.size}x{self.size}"
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image = self._turned(index)
+            width, height = image.size
+            if min(image.size) < self.size:
+                return f"{width}x{height}, smaller than the crops of {self.size}x{self.size}"
+            wide = image.mode.startswith(("F", "I"))  # these may hold a value that is out of range anywhere
+            read_pictures(image if wide else image.crop((0, 0, self.size, self.size)))
+        except Exception as error:  # decoders of PIL raise almost anything on a broken file
             return f"can't be read ({error or type(error).__name__})"
         return None
 
@@ -297,5 +305,7 @@ def hub_pictures(name: str, size: int, *, split: str = "train", unfit: str = "re
 
 
 def _of_row(rows: Any, column: str, index: int) -> Image.Image:
-    picture: Image.Image = rows[index][column]
+    picture: Image.Image | None = rows[index][column]
+    if picture is None:
+        raise ValueError("the row has no picture")
     return picture
