@@ -114,6 +114,15 @@ def test_restoration_learns_the_residual_and_generation_the_noise_too():
     }
 
 
+def test_generation_clips_to_the_range_of_pictures_and_restoration_to_that_of_residuals():
+    for config, expected in (
+        (RDDMConfig(), 2),
+        (RDDMConfig(generation=True), 1),
+        (RDDMConfig(generation=True, clip_sample_range=3.0), 3),
+    ):
+        assert config.scheduler(latent=False).config.clip_sample_range == expected
+
+
 @pytest.mark.parametrize("kind", ["pred_res_noise", "pred_x0_noise", "pred_res"])
 def test_what_is_learnt_well_fills_a_hole_with_white(kind):
     """There the residual is -2, which the released programs' clipping would halve."""
