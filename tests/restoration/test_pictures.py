@@ -155,6 +155,12 @@ def test_facts_tell_other_pictures_but_not_another_place(folder, tmp_path_factor
         target.write_bytes(file.read_bytes())
     before = folder_pictures(folder, 16, shown=False).facts()
     assert folder_pictures(moved, 16, shown=False).facts() == before
+    same, seen = moved / "same.bmp", []
+    for shade in (0, 200):  # of one size and name
+        save(moved, "same.bmp", np.full((16, 16, 3), shade, np.uint8))
+        seen.append((same.stat().st_size, folder_pictures(moved, 16, shown=False).facts()["digest"]))
+    assert seen[0][0] == seen[1][0] and seen[0][1] != seen[1][1]
+    same.unlink()
     save(moved, "4.png", np.zeros((20, 20, 3), np.uint8))
     assert folder_pictures(moved, 16, shown=False).facts() != before
 

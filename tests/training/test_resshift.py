@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sfumato.restoration.degradations import Degradation
-from sfumato.restoration.examples import Examples
+from sfumato.restoration.examples import Examples, hold_out
 from sfumato.restoration.networks import load_autoencoder
 from sfumato.trainer import Shard, TrainingConfig, make_accelerator
 from sfumato.training.resshift import ResShiftConfig, ResShiftObjective
@@ -98,6 +98,14 @@ def test_pictures_are_degraded_and_encoded_in_float32_under_mixed_precision(task
     for name in ("clean", "degraded", "condition"):
         assert getattr(mixed, name).dtype == torch.float32
         assert torch.equal(getattr(mixed, name), getattr(plain, name))
+
+
+def test_what_is_random_in_held_out_pictures_is_so_in_none_that_is_trained_on():
+    """Streams and positions are numbers alike: keys of the one must not be those of the other."""
+    batch = Examples(Noise(), None, 40, 0).draw(Echo(3), 0, Shard(0, 1))
+    held_out = hold_out(Noise(), None, 10, 0)
+    trained = {(*key, *rest) for key in batch.keys for stream in range(1, 5) for rest in [(stream,), (stream, 3)]}
+    assert not trained & {held_out.key(index) for index in range(10)}
 
 
 def test_noise_level_is_the_published_one_for_4_and_15_steps():

@@ -44,7 +44,8 @@ class Degradation:
     Attributes:
         task: ``"sr"`` (super-resolution), ``"inpaint"``, ``"denoise"`` or ``"deblur"``.
         scale: Of super-resolution: how many times smaller the degraded picture is, by antialiased bicubic; None is 4.
-        noise: Standard deviation of Gaussian noise, for pictures in [0, 1]; None is 0.1 to denoise, otherwise 0.
+        noise: Standard deviation of Gaussian noise, for pictures in [0, 1]; None is 0.1 to denoise, otherwise 0. Of
+            inpainting, which puts back what is around the holes, this and `blur` are 0.
         blur: Standard deviation of a Gaussian blur, in pixels of the clean picture; None is 1.5 to deblur, otherwise
             0.
         vary: Draw noise and blur of each sample uniformly between 0 and these.
@@ -80,6 +81,11 @@ class Degradation:
         for task, name in (("denoise", "noise"), ("deblur", "blur")):
             if self.task == task and not getattr(self, name):
                 raise ValueError(f"`{name}` must be above 0 for the task {task}, got {getattr(self, name)}.")
+            if self.task == "inpaint" and getattr(self, name):
+                raise ValueError(
+                    f"`{name}` must be 0 for the task inpaint, which puts back what is around the holes as it was "
+                    f"given, got {getattr(self, name)}."
+                )
         if not 0 < self.block_least <= self.block_most < 1:
             raise ValueError(
                 "`block_least` and `block_most` are shares with 0 < block_least <= block_most < 1, got "

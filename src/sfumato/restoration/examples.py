@@ -25,7 +25,8 @@ from sfumato.trainer import Shard
 
 __all__ = ["Batch", "Examples", "HeldOut", "hold_out", "predict"]
 
-PICTURE, DEGRADED, NOISE, TIME, HELD_OUT = range(1, 6)  # streams of the seed
+TRAINED, HELD_OUT = range(1, 3)  # streams of the seed
+PICTURE, DEGRADED, NOISE, TIME = range(1, 5)  # streams of a sample
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Batch:
         clean: x0, ``(B, C, h, w)`` on the chain's grid.
         degraded: y, of the same shape; None for generation.
         condition: What the network is told, ``(B, K, h, w)``; None if it sees the state alone.
-        keys: What is random in each sample depends on its key: the seed, and its position in the run's samples.
+        keys: What is random in each sample depends on its key: the seed, `TRAINED`, and its position in the run's
+            samples.
     """
 
     clean: torch.Tensor
@@ -103,7 +105,7 @@ class Examples:
         """Where a shard begins among the run's samples, and their keys."""
         span = shard.of(self.batch_size)
         start = step * self.batch_size + span.start
-        return start, [(self.seed, start + k) for k in range(len(span))]
+        return start, [(self.seed, TRAINED, start + k) for k in range(len(span))]
 
     def _read(self, step: int, shard: Shard) -> torch.Tensor:
         """Clean pictures (B, 3, S, S) in [-1, 1]."""
