@@ -20,7 +20,9 @@ from sfumato.settings import check_ranges, check_types
 
 __all__ = ["TASKS", "Degradation", "Degraded"]
 
-TASKS = ("sr", "inpaint", "denoise", "deblur")
+TASKS = {"sr": "super-resolution", "inpaint": "inpainting", "denoise": "denoising", "deblur": "deblurring"}
+"""What each task is called in a text."""
+
 NOISE, NOISE_LEVEL, BLUR_LEVEL, BLOCKS = range(1, 5)  # streams of a sample's key; numpy takes 0 for no word
 FAINTEST = 0.05  # pixels: a narrower Gaussian has no weight beside the pixel itself
 
@@ -54,7 +56,7 @@ class Degradation:
         block_most: Their greatest side, likewise.
     """
 
-    task: str = field(default="sr", metadata={"choices": TASKS})
+    task: str = field(default="sr", metadata={"choices": tuple(TASKS)})
     scale: int | None = None
     noise: float | None = None
     blur: float | None = None
