@@ -40,8 +40,6 @@ class RDDMObjective:
         examples: What to learn from.
         scheduler: The two schedules.
         patch_size: Blocks that are folded into channels for the network.
-        clip_sample_range: Clip predicted residuals and pictures in [-1, 1] to plus and minus this; not in latents. The
-            released programs clip to 1, but the residual of a hole, where white may have become black, is 2.
         loss: ``"l1"`` or ``"l2"``.
         two_networks: Whether the heads are networks of their own, told levels in the place of the time.
     """
@@ -80,8 +78,10 @@ class RDDMConfig:
             ``"pred_x0_add_noise"``, ``"pred_res"`` or ``"pred_noise"``. None is the first for generation and for two
             networks, otherwise ``"pred_res"``: with as little noise as restoration has, a head for it learns slowly
             and takes the other's share of the gradient.
-        clip_sample_range: Clip predicted residuals and pictures in [-1, 1] to plus and minus this; not in latents. The
-            released programs clip to 1, but the residual of a hole, where white may have become black, is 2.
+        clip_sample_range: Clip predicted residuals, and the clean pictures that follow, to plus and minus this; not in
+            latents. None is 1 for generation, as the released programs have it always, and 2 for restoration: the
+            residual of a hole, where white may have become black, is 2, though the scheduler then lets clean pictures,
+            which are in [-1, 1], go so far too.
         loss: ``"l1"`` or ``"l2"``; None is L1 for restoration, L2 for generation.
         two_networks: Take a network for each head.
         conditioned: Tell the network the degraded picture; generation has none.
@@ -93,7 +93,7 @@ class RDDMConfig:
     beta_schedule: str = "increased"
     sum_scale: float | None = None
     prediction_type: str | None = None
-    clip_sample_range: float = 2.0
+    clip_sample_range: float | None = None
     loss: str | None = None
     two_networks: bool = False
     conditioned: bool = True
@@ -104,6 +104,8 @@ class RDDMConfig:
         check_types(self)
         if self.sum_scale is None:
             self.sum_scale = 1.0 if self.generation else 0.01
+        if self.clip_sample_range is None:
+            self.clip_sample_range = 1.0 if self.generation else 2.0
         if self.prediction_type is None:
             self.prediction_type = "pred_res_noise" if self.generation or self.two_networks else "pred_res"
         if self.loss is None:

@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 import sfumato
 from sfumato import delta, storage
 
-__all__ = ["EMBEDDED", "PICKLES", "assets_folder", "check_safe", "load", "load_result", "manifest_of"]
+__all__ = ["EMBEDDED", "PICKLES", "assets_folder", "check_part", "check_safe", "load", "load_result", "manifest_of"]
 
 EMBEDDED = ("atelier", "atelier-pixel")
 PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
@@ -198,7 +198,7 @@ def _like(pipe: Any, name: str, result: Path) -> Any:
         raise ValueError(f"{result / 'manifest.json'} names {name!r}, which is no network of {type(pipe).__name__}.")
     if not folder.is_dir():
         raise ValueError(f"{folder} is missing: the result is incomplete.")
-    _check_part(folder)
+    check_part(folder)
     kind: Any = type(part)
     loaded = kind.from_pretrained(folder, use_safetensors=True).to(part.dtype)
     _check_weights(folder, loaded, None)
@@ -266,11 +266,19 @@ def _check_files(folder: Path, given: Container[str]) -> None:
     if needed not in named:
         raise ValueError(f"{index} is damaged: it has no {needed!r}; fetch the model again.")
     for part in [part for name in named if (part := storage.inside(folder, name)).is_dir()]:
-        _check_part(part, weights=part.name not in given and named[part.name] != [None, None])
+        check_part(part, weights=part.name not in given and named[part.name] != [None, None])
 
 
-def _check_part(folder: Path, *, weights: bool = True) -> None:
-    """Name a damaged file of a component, or a pickle in the place of its weights."""
+def check_part(folder: Path, *, weights: bool = True) -> None:
+    """Name a damaged file of a component, or a pickle in the place of its weights.
+
+    Args:
+        folder: Of the component.
+        weights: Whether its weights will be read.
+
+    Raises:
+        ValueError: If there is one.
+    """
     if weights:
         check_safe(folder)
     for file in sorted(folder.glob("*.json")):

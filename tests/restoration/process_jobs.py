@@ -12,7 +12,7 @@ from sfumato.training import rddm, resshift
 NETWORK = {"channels": [8, 16], "norm_num_groups": 4, "attention_head_dim": 8, "attention_levels": 0}
 HOW = {"steps": 6, "learning_rate": 1e-4, "ema_decay": 0.9, "max_grad_norm": 1.0, "checkpoint_every": 3}
 RUNS = {
-    "resshift": (resshift, resshift.ResShiftConfig(), Degradation("inpaint", noise=0.02), {}),
+    "resshift": (resshift, resshift.ResShiftConfig(), Degradation("inpaint"), {}),
     "rddm": (rddm, rddm.RDDMConfig(two_networks=True), Degradation("sr"), {"gradient_accumulation_steps": 2}),
 }
 

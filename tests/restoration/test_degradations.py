@@ -9,7 +9,7 @@ from sfumato.restoration.degradations import TASKS, Degradation
 KEYS = [(3, 1, k) for k in range(6)]
 EVERY = {
     "sr": {"scale": 4, "noise": 0.1, "vary": True},
-    "inpaint": {"noise": 0.05},
+    "inpaint": {"blocks": 4},
     "denoise": {"vary": True},
     "deblur": {"blur": 1.0, "noise": 0.02, "vary": True},
 }
@@ -120,6 +120,8 @@ def test_a_single_block_has_the_sides_that_were_asked_for():
         ({"task": "denoise", "noise": 0.0}, "`noise` must be above 0 for the task denoise"),
         ({"task": "deblur", "blur": 0.0}, "`blur` must be above 0 for the task deblur"),
         ({"noise": -0.1}, "`noise` must be at least 0"),
+        ({"task": "inpaint", "noise": 0.1}, "`noise` must be 0 for the task inpaint, .* got 0.1"),
+        ({"task": "inpaint", "blur": 1.0}, "`blur` must be 0 for the task inpaint, .* got 1.0"),
         ({"task": "inpaint", "blocks": 0}, "`blocks` must be at least 1"),
         ({"task": "inpaint", "block_most": 1.0}, "shares with 0 < block_least <= block_most < 1"),
     ],

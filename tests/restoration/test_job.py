@@ -1,7 +1,9 @@
 """The job: it learns, resumes to the bit, leaves a pipeline, and says what is wrong before the long work."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +13,12 @@ from PIL import Image
 from sfumato import RDDMPipeline, ResShiftPipeline, storage
 from sfumato.restoration import regression
 from sfumato.restoration.degradations import Degradation
+from sfumato.restoration.examples import HeldOut
 from sfumato.restoration.job import JobConfig, main, train_restoration
 from sfumato.restoration.networks import NetworkConfig
 from sfumato.restoration.regression import Regression, RegressionConfig
 from sfumato.restoration.scores import psnr
-from sfumato.restoration.validation import restore
+from sfumato.restoration.validation import Validation, restore
 from sfumato.trainer import TrainingConfig
 from sfumato.training import rddm, resshift
 
@@ -231,6 +234,17 @@ def test_no_pictures_and_broken_ones_are_refused_and_nothing_is_left(tmp_path, r
     assert not (tmp_path / "out").exists()
 
 
+def test_pictures_to_validate_with_are_not_trained_on(tmp_path, renders):
+    with pytest.raises(ValueError, match="All pictures of .* are in .* too"):
+        run(tmp_path / "out", renders, job={"held_out": renders})
+    data = tmp_path / "data"
+    (data / "inner").mkdir(parents=True)
+    for place, file in enumerate(sorted(Path(renders).glob("*.png"))[:12]):
+        shutil.copy(file, data / "inner" if place < 4 else data)
+    run(tmp_path / "out", str(data), steps=2, job={"held_out": str(data / "inner"), "batch_size": 2})
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["pictures"]["pictures"] == 8
+
+
 def test_a_run_of_other_settings_or_pictures_is_not_resumed(tmp_path, renders):
     folder = tmp_path / "out"
     with pytest.raises(Stopped):
@@ -239,6 +253,8 @@ def test_a_run_of_other_settings_or_pictures_is_not_resumed(tmp_path, renders):
         ({"degradation": {"noise": 0.1}}, "degradation"),
         ({"settings": {"kappa": 1.0}}, "settings"),
         ({"network": {"layers_per_block": 2}}, "network"),
+        ({"network": {"attention_head_dim": 4}}, "shape.attention_head_dim"),
+        ({"network": {"norm_num_groups": 2}}, "shape.norm_num_groups"),
         ({"learning_rate": 1e-4}, "training.learning_rate"),
         ({"job": {"held_out_pictures": 12}}, "pictures"),
     ):
@@ -246,6 +262,39 @@ def test_a_run_of_other_settings_or_pictures_is_not_resumed(tmp_path, renders):
             run(folder, renders, resume=True, **change)
     with pytest.raises(FileExistsError, match="holds an unfinished run"):
         run(folder, renders)
+
+
+def test_curves_of_another_distance_or_of_other_pictures_are_not_gone_on_with(tmp_path, renders):
+    folder, pictures = tmp_path / "out", sorted(Path(renders).glob("*.png"))
+    for name, chosen in (("one", pictures[:4]), ("other", pictures[4:8])):
+        (tmp_path / name).mkdir()
+        for file in chosen:
+            shutil.copy(file, tmp_path / name)
+    data = tmp_path / "data"
+    data.mkdir()
+    for file in pictures[8:24]:
+        shutil.copy(file, data)
+    given = {"held_out": str(tmp_path / "one"), "distance": "judge"}
+    with pytest.raises(Stopped):
+        run(folder, str(data), stop=3, job=given)
+    for change, said in (
+        ({"distance": "none"}, "have the distance 'judge', not 'none'"),
+        ({"held_out": str(tmp_path / "other")}, "were drawn from other held-out pictures"),
+    ):
+        with pytest.raises(ValueError, match=f"The curves in .* {said}: resume with the same, or delete"):
+            run(folder, str(data), resume=True, job={**given, **change})
+    assert [row["step"] for row in rows(folder)] == [2]  # nothing was trained
+    (folder / "validation.json").unlink()
+    run(folder, str(data), resume=True, job={**given, "distance": "none"})
+    assert [row["step"] for row in rows(folder)] == [2, 4, 6] and "distance" not in rows(folder)[-1]
+
+
+def test_curves_leave_out_rows_without_the_score(tmp_path):
+    pytest.importorskip("matplotlib")
+    looking = Validation(HeldOut(torch.zeros(2, 3, 16, 16), None, 0), 1, None, tmp_path)
+    looking.rows = [{"step": 2, "psnr": {"value": 1.0}, "distance": {"value": 1.0}}, {"step": 4, "psnr": {"value": 2}}]
+    looking.draw_curves(tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size
 
 
 def command(output, *arguments):

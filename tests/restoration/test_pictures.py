@@ -1,11 +1,13 @@
 """Sources of clean pictures: any size and mode, by position and key; what can't be used is named before the start."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sfumato.restoration.pictures import Renders, Some, folder_pictures, hub_pictures, split
+from sfumato.restoration.pictures import Crops, Renders, Some, _of_row, folder_pictures, hub_pictures, split
 
 KEYS = [(1, 2, k) for k in range(5)]
 
@@ -91,6 +93,30 @@ def test_broken_and_small_pictures_are_named_or_left_out(folder, caplog):
     assert kept.take(range(5)).shape == (5, 3, 16, 16)
 
 
+def test_pictures_that_no_crop_can_be_read_from_are_named_or_left_out(folder):
+    rng = np.random.default_rng(2)
+    Image.fromarray((255 * rng.random((20, 20))).astype(np.float32)).save(folder / "float.tif")
+    Image.fromarray(np.full((20, 20), 70000, np.int32)).save(folder / "wide.tif")
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72  # turned; then a resolution becomes a maker, which is no text
+    broken = exif.tobytes().replace(b"\x01\x1a\0\x05", b"\x01\x0f\0\x05")
+    save(folder, "turned.png", np.zeros((20, 20, 3), np.uint8), exif=broken)
+    with pytest.raises(ValueError, match=r"3 of 8 pictures of .* can't be used") as refused:
+        folder_pictures(folder, 16, shown=False)
+    for name in ("float.tif", "wide.tif", "turned.png"):
+        assert f"{name}: can't be read" in str(refused.value)
+    kept = folder_pictures(folder, 16, unfit="skip", shown=False)
+    assert kept.take(range(len(kept)), [(k,) for k in range(len(kept))]).isfinite().all()
+
+
+def test_a_row_of_a_data_set_without_a_picture_is_named_or_left_out():
+    rows = [{"image": Image.new("RGB", (20, 20))}, {"image": None}]
+    opened = partial(_of_row, rows, "image")
+    with pytest.raises(ValueError, match=r"1 of 2 pictures of set can't be used \(b: can't be read \(the row has"):
+        Crops("set", "ab", opened, 16, shown=False)
+    assert len(Crops("set", "ab", opened, 16, unfit="skip", shown=False)) == 1
+
+
 def test_folders_without_a_usable_picture_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="There are no pictures"):
         folder_pictures(tmp_path, 16)
@@ -110,6 +136,17 @@ def test_what_is_held_out_is_not_trained_on(folder):
         split(Some(source, [0, 1]), 64, seed=0)
 
 
+def test_a_folder_to_validate_with_is_left_out_of_the_folder_around_it(folder, tmp_path_factory):
+    before, kept = (folder_pictures(folder, 16, without=w, shown=False) for w in (None, folder / "inner"))
+    assert len(before) == 5 and len(kept) == 4
+    assert torch.equal(kept.take(range(4)), before.take(range(4))) and kept.facts() != before.facts()
+    linked = tmp_path_factory.mktemp("links") / "link"
+    linked.symlink_to(folder, target_is_directory=True)
+    for data, held_out in ((folder, folder), (folder / "inner", folder), (linked, folder)):
+        with pytest.raises(ValueError, match="All pictures of .* are in .* too: hold out a folder of other pictures"):
+            folder_pictures(data, 16, without=held_out, shown=False)
+
+
 def test_facts_tell_other_pictures_but_not_another_place(folder, tmp_path_factory):
     moved = tmp_path_factory.mktemp("moved")
     for file in folder.rglob("*.png"):
@@ -118,6 +155,12 @@ def test_facts_tell_other_pictures_but_not_another_place(folder, tmp_path_factor
         target.write_bytes(file.read_bytes())
     before = folder_pictures(folder, 16, shown=False).facts()
     assert folder_pictures(moved, 16, shown=False).facts() == before
+    same, seen = moved / "same.bmp", []
+    for shade in (0, 200):  # of one size and name
+        save(moved, "same.bmp", np.full((16, 16, 3), shade, np.uint8))
+        seen.append((same.stat().st_size, folder_pictures(moved, 16, shown=False).facts()["digest"]))
+    assert seen[0][0] == seen[1][0] and seen[0][1] != seen[1][1]
+    same.unlink()
     save(moved, "4.png", np.zeros((20, 20, 3), np.uint8))
     assert folder_pictures(moved, 16, shown=False).facts() != before
 

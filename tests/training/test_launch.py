@@ -53,3 +53,18 @@ def test_deepspeed_starts_on_several_nodes_without_a_launcher_of_its_own(on_slur
 def test_a_job_that_was_requeued_goes_on(on_slurm):
     given = on_slurm("ddp", "training/salun.py", "--output", "out", SLURM_RESTART_COUNT="1")
     assert given[-4:] == ["--output", "out", "--resume", "True"]
+
+
+def test_processes_wait_for_hours_while_the_first_validates(launch, tmp_path):
+    """By default NCCL would end the run after ten minutes."""
+    (tmp_path / "waits.py").write_text(
+        "import sys, torch.distributed as dist\n"
+        "from sfumato.trainer import TrainingConfig, make_accelerator\n"
+        "device = make_accelerator(TrainingConfig()).device\n"
+        "options = dist.distributed_c10d._get_default_group()._get_backend(device).options\n"
+        "open(f'{sys.argv[1]}/{dist.get_rank()}.txt', 'w').write(str(options._timeout.total_seconds()))\n"
+    )
+    done = launch(tmp_path / "waits.py", tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    waits = [float(file.read_text()) for file in tmp_path.glob("?.txt")]
+    assert len(waits) == 2 and min(waits) >= 3600

@@ -13,22 +13,6 @@ from sfumato.training.rddm import RDDMConfig, RDDMObjective
 T = 10
 
 
-class Noise:
-    """Pictures that are noise, each its own by its position."""
-
-    size = 8
-
-    def __len__(self):
-        return 40
-
-    def take(self, positions, keys=None):
-        drawn = [torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(int(p))) for p in positions]
-        return 2 * torch.stack(drawn) - 1
-
-    def facts(self):
-        return {}
-
-
 class Echo(nn.Module):
     """Gives back the state, weighted otherwise for each head; remembers what it is told."""
 
@@ -49,9 +33,9 @@ def levels(times, sum_scale):
     return a[times].reshape(-1, 1, 1, 1), b[times].reshape(-1, 1, 1, 1)
 
 
-def made(heads, two_networks=False, degradation=None, conditioned=True, **settings):
+def made(pictures, heads, two_networks=False, degradation=None, conditioned=True, **settings):
     config = RDDMConfig(num_train_timesteps=T, two_networks=two_networks, **settings)
-    examples = Examples(Noise(), degradation, 6, seed=3, conditioned=conditioned)
+    examples = Examples(pictures, degradation, 6, seed=3, conditioned=conditioned)
     objective = RDDMObjective(examples, config.scheduler(latent=False), 1, config.loss, two_networks)
     model = Echo(heads)
     losses = objective.losses(model, 4, Shard(0, 1))
@@ -61,23 +45,23 @@ def made(heads, two_networks=False, degradation=None, conditioned=True, **settin
 @pytest.mark.parametrize(
     "kind", ["pred_res_noise", "pred_x0_noise", "pred_res_add_noise", "pred_x0_add_noise", "pred_res", "pred_noise"]
 )
-def test_restoration_is_the_sum_of_absolute_errors(kind):
+def test_restoration_is_the_sum_of_absolute_errors(noise, kind):
     heads = 1 if kind in ("pred_res", "pred_noise") else 2
-    model, losses, batch, _ = made(heads, prediction_type=kind, degradation=Degradation("denoise"))
-    x0, y, noise, times = batch.clean, batch.degraded, batch.noise(), batch.times(T)
+    model, losses, batch, _ = made(noise, heads, prediction_type=kind, degradation=Degradation("denoise"))
+    x0, y, drawn, times = batch.clean, batch.degraded, batch.noise(), batch.times(T)
     a, b = levels(times, 0.01)
-    x = (1 - a) * x0 + a * y + b * noise
+    x = (1 - a) * x0 + a * y + b * drawn
     assert torch.allclose(model.seen[0], torch.cat([x, y], 1), atol=1e-6) and torch.equal(model.seen[1], times)
     first = y - x0 if "res" in kind else x0
-    targets = {"pred_res": [first], "pred_noise": [noise]}.get(
-        kind, [first, first + noise if "add" in kind else noise]
+    targets = {"pred_res": [first], "pred_noise": [drawn]}.get(
+        kind, [first, first + drawn if "add" in kind else drawn]
     )
     expected = [(target - w * x).abs().mean() for target, w in zip(targets, (0.7, -0.4), strict=False)]
     assert [x.item() for x in losses.values()] == pytest.approx([x.item() for x in expected], rel=1e-4)
 
 
-def test_generation_is_the_sum_of_squared_errors_with_a_residual_of_minus_x0():
-    model, losses, batch, config = made(2, generation=True, conditioned=False)
+def test_generation_is_the_sum_of_squared_errors_with_a_residual_of_minus_x0(noise):
+    model, losses, batch, config = made(noise, 2, generation=True, conditioned=False)
     a, b = levels(batch.times(T), 1.0)
     x = (1 - a) * batch.clean + b * batch.noise()
     assert torch.allclose(model.seen[0], x, atol=1e-6) and batch.degraded is None and not config.conditioned
@@ -85,13 +69,13 @@ def test_generation_is_the_sum_of_squared_errors_with_a_residual_of_minus_x0():
     assert [x.item() for x in losses.values()] == pytest.approx([x.item() for x in expected], rel=1e-4)
 
 
-def test_without_a_condition_the_network_sees_the_state_alone():
-    model, *_ = made(1, degradation=Degradation("denoise"), conditioned=False)
+def test_without_a_condition_the_network_sees_the_state_alone(noise):
+    model, *_ = made(noise, 1, degradation=Degradation("denoise"), conditioned=False)
     assert model.seen[0].shape[1] == 3
 
 
-def test_two_networks_are_told_levels_in_the_place_of_the_time():
-    model, _, batch, _ = made(2, two_networks=True, degradation=Degradation("denoise"))
+def test_two_networks_are_told_levels_in_the_place_of_the_time(noise):
+    model, _, batch, _ = made(noise, 2, two_networks=True, degradation=Degradation("denoise"))
     a, b = levels(batch.times(T), 0.01)
     for told, level in zip(model.seen[1], (a, b), strict=True):
         assert torch.allclose(told, T * level.reshape(-1), rtol=1e-5)
@@ -112,6 +96,15 @@ def test_restoration_learns_the_residual_and_generation_the_noise_too():
     assert {RDDMConfig(generation=True).prediction_type, RDDMConfig(two_networks=True).prediction_type} == {
         "pred_res_noise"
     }
+
+
+def test_generation_clips_to_the_range_of_pictures_and_restoration_to_that_of_residuals():
+    for config, expected in (
+        (RDDMConfig(), 2),
+        (RDDMConfig(generation=True), 1),
+        (RDDMConfig(generation=True, clip_sample_range=3.0), 3),
+    ):
+        assert config.scheduler(latent=False).config.clip_sample_range == expected
 
 
 @pytest.mark.parametrize("kind", ["pred_res_noise", "pred_x0_noise", "pred_res"])

@@ -8,11 +8,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from sfumato.restoration.degradations import TASKS
 from sfumato.restoration.validation import LABELS, Validation
 
 __all__ = ["make_card"]
-
-TASKS = {"sr": "super-resolution", "inpaint": "inpainting", "denoise": "denoising", "deblur": "deblurring"}
 
 
 def make_card(title: str, manifest: Mapping[str, Any], validation: Validation) -> str:

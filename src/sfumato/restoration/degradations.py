@@ -20,7 +20,9 @@ from sfumato.settings import check_ranges, check_types
 
 __all__ = ["TASKS", "Degradation", "Degraded"]
 
-TASKS = ("sr", "inpaint", "denoise", "deblur")
+TASKS = {"sr": "super-resolution", "inpaint": "inpainting", "denoise": "denoising", "deblur": "deblurring"}
+"""What each task is called in a text."""
+
 NOISE, NOISE_LEVEL, BLUR_LEVEL, BLOCKS = range(1, 5)  # streams of a sample's key; numpy takes 0 for no word
 FAINTEST = 0.05  # pixels: a narrower Gaussian has no weight beside the pixel itself
 
@@ -44,7 +46,8 @@ class Degradation:
     Attributes:
         task: ``"sr"`` (super-resolution), ``"inpaint"``, ``"denoise"`` or ``"deblur"``.
         scale: Of super-resolution: how many times smaller the degraded picture is, by antialiased bicubic; None is 4.
-        noise: Standard deviation of Gaussian noise, for pictures in [0, 1]; None is 0.1 to denoise, otherwise 0.
+        noise: Standard deviation of Gaussian noise, for pictures in [0, 1]; None is 0.1 to denoise, otherwise 0. Of
+            inpainting, which puts back what is around the holes, this and `blur` are 0.
         blur: Standard deviation of a Gaussian blur, in pixels of the clean picture; None is 1.5 to deblur, otherwise
             0.
         vary: Draw noise and blur of each sample uniformly between 0 and these.
@@ -53,7 +56,7 @@ class Degradation:
         block_most: Their greatest side, likewise.
     """
 
-    task: str = field(default="sr", metadata={"choices": TASKS})
+    task: str = field(default="sr", metadata={"choices": tuple(TASKS)})
     scale: int | None = None
     noise: float | None = None
     blur: float | None = None
@@ -80,6 +83,11 @@ class Degradation:
         for task, name in (("denoise", "noise"), ("deblur", "blur")):
             if self.task == task and not getattr(self, name):
                 raise ValueError(f"`{name}` must be above 0 for the task {task}, got {getattr(self, name)}.")
+            if self.task == "inpaint" and getattr(self, name):
+                raise ValueError(
+                    f"`{name}` must be 0 for the task inpaint, which puts back what is around the holes as it was "
+                    f"given, got {getattr(self, name)}."
+                )
         if not 0 < self.block_least <= self.block_most < 1:
             raise ValueError(
                 "`block_least` and `block_most` are shares with 0 < block_least <= block_most < 1, got "

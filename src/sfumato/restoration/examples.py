@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from sfumato.trainer import Shard
 
 __all__ = ["Batch", "Examples", "HeldOut", "hold_out", "predict"]
 
-PICTURE, DEGRADED, NOISE, TIME, HELD_OUT = range(1, 6)  # streams of the seed
+TRAINED, HELD_OUT = range(1, 3)  # streams of the seed
+PICTURE, DEGRADED, NOISE, TIME = range(1, 5)  # streams of a sample
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Batch:
         clean: x0, ``(B, C, h, w)`` on the chain's grid.
         degraded: y, of the same shape; None for generation.
         condition: What the network is told, ``(B, K, h, w)``; None if it sees the state alone.
-        keys: What is random in each sample depends on its key: the seed, and its position in the run's samples.
+        keys: What is random in each sample depends on its key: the seed, `TRAINED`, and its position in the run's
+            samples.
     """
 
     clean: torch.Tensor
@@ -88,7 +91,7 @@ class Examples:
             self._ahead[step + 1, shard] = self._reader.submit(self._read, step + 1, shard)
         _, keys = self._samples(step, shard)
         pictures = pictures.to(next(model.parameters()).device)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):  # mixed precision is the network's
             clean = encode_pixels(self.vae, pictures)
             if self.degradation is None:
                 return Batch(clean, None, None, keys)
@@ -102,7 +105,7 @@ class Examples:
         """Where a shard begins among the run's samples, and their keys."""
         span = shard.of(self.batch_size)
         start = step * self.batch_size + span.start
-        return start, [(self.seed, start + k) for k in range(len(span))]
+        return start, [(self.seed, TRAINED, start + k) for k in range(len(span))]
 
     def _read(self, step: int, shard: Shard) -> torch.Tensor:
         """Clean pictures (B, 3, S, S) in [-1, 1]."""
@@ -148,6 +151,10 @@ class HeldOut:
     def __len__(self) -> int:
         """Give the number of pictures."""
         return len(self.clean)
+
+    def digest(self) -> str:
+        """Tell these pictures from others, at 8 bits: what another machine rounds otherwise is no other picture."""
+        return hashlib.sha256((255 * self.clean).round().to(torch.uint8).numpy().tobytes()).hexdigest()
 
     def key(self, index: int) -> Key:
         """Give the key of a picture's own noise, for `sfumato.randomness.generator_for`."""

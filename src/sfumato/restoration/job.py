@@ -67,9 +67,10 @@ class JobConfig:
         size: Height and width that pictures are trained at, cropped from larger ones; None is 32 for ``atelier``,
             otherwise 64.
         unfit: What to do with pictures that can't be read or are smaller: ``"refuse"`` or ``"skip"``.
-        held_out: A folder of pictures to validate with; None holds some out of the data (of ``atelier``, takes the
-            test pictures).
-        held_out_pictures: How many to validate with, at each checkpoint.
+        held_out: A folder of pictures to validate with, which are left out of the data if they lie in its folder;
+            None holds some out of the data (of ``atelier``, takes the test pictures).
+        held_out_pictures: How many to validate with, at each checkpoint; held out of the data, no more than a tenth
+            of it.
         batch_size: Pictures of a step, on all processes together.
         distance: Beside PSNR and SSIM: ``judge``, ``lpips:alex``, or any of `sfumato.evaluation.features`; ``none``
             measures none, None is ``judge`` for ``atelier``.
@@ -226,7 +227,7 @@ def train_restoration(
         if vae is not None:
             vae.to(accelerator.device)
         examples = Examples(source, asked, job.batch_size, training.seed, vae, method.conditioned)
-        run = _Run(method, job, training, model, examples, config, accelerator, folder, began)
+        run = _Run(method, job, network, training, model, examples, config, accelerator, folder, began)
         with explained(accelerator.device, folder, {"batch_size", *asdict(training)}):
             history = run.train(hold_out(others, asked, job.held_out_pictures, training.seed))
         nn.Module.to(model, "cpu", getattr(torch, job.save_dtype))  # diffusers' own warns of every cast
@@ -256,7 +257,7 @@ def _pictures(job: JobConfig, seed: int, shown: bool) -> tuple[Pictures, Picture
         return Renders(job.data_dir), others or Renders(job.data_dir, "test")
     how: dict[str, Any] = {"unfit": job.unfit, "shown": shown}
     if Path(job.data).is_dir():
-        whole = folder_pictures(job.data, job.side, **how)
+        whole = folder_pictures(job.data, job.side, without=job.held_out, **how)
     else:
         whole = hub_pictures(job.data, job.side, split=job.data_split, **how)
     return split(whole, job.held_out_pictures, seed) if others is None else (whole, others)
@@ -266,8 +267,8 @@ class _Run:
     """A training run in its folder."""
 
     def __init__(
-        self, method: Method, job: JobConfig, training: TrainingConfig, model: nn.Module, examples: Examples,
-        config: Mapping[str, Any], accelerator: Accelerator, folder: Path, began: float,
+        self, method: Method, job: JobConfig, network: NetworkConfig, training: TrainingConfig, model: nn.Module,
+        examples: Examples, config: Mapping[str, Any], accelerator: Accelerator, folder: Path, began: float,
     ) -> None:  # fmt: skip
         self.method, self.job, self.training, self.model, self.examples = method, job, training, model, examples
         self.config, self.accelerator, self.folder, self.began = config, accelerator, folder, began
@@ -276,7 +277,9 @@ class _Run:
             "method": method.name, "settings": asdict(method.settings), "config": dict(config),
             "degradation": None if degradation is None else asdict(degradation),
             "pictures": examples.pictures.facts(), "network": storage.fingerprint(model.named_parameters()),
+            "shape": {name: value for name, value in asdict(network).items() if name != "vae"},
             "vae": None if vae is None else storage.fingerprint(vae.named_parameters()),
+            "scaling_factor": None if vae is None else vae.config.scaling_factor,
         }  # fmt: skip
         self.shadow = copy.deepcopy(model).eval().requires_grad_(False)  # what validation looks with
         self.validation: Validation | None = None
@@ -287,6 +290,8 @@ class _Run:
         resume, accelerator = self.job.resume, self.accelerator
         common: dict[str, Any] = {"identity": self.identity, "output_dir": self.folder, "accelerator": accelerator}
         preflight(self.model, self.examples.batch_size, self.training, resume=resume, **common)
+        if resume and checkpoints.newest(self.folder) is not None:
+            validation.check_same_curves(self.folder, held_out, str(self.job.distance))
         if accelerator.is_main_process:
             self._prepare_validation(held_out)
         history = train(
@@ -305,7 +310,7 @@ class _Run:
             sets = between_sets(name, device)
         elif name != "none":
             distance = find_distance(name, device)
-        self.validation = Validation(held_out, self.config["scale"], distance, self.folder, sets)
+        self.validation = Validation(held_out, self.config["scale"], distance, self.folder, sets, name)
         newest = checkpoints.newest(self.folder) if self.job.resume else None
         if newest is not None:
             self.validation.go_on(checkpoints.step_of(newest))

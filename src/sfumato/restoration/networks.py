@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, UNet2DModel, VQModel
 from torch import nn
 
 from sfumato import storage
-from sfumato.loading import EMBEDDED, assets_folder, check_safe
+from sfumato.loading import EMBEDDED, assets_folder, check_part
 from sfumato.pipelines.restoration import condition_channels
 from sfumato.settings import check_ranges, check_types
 
@@ -167,25 +167,43 @@ def load_autoencoder(name: str) -> Autoencoder:
     """Load an autoencoder, frozen, float32.
 
     Args:
-        name: A folder, or a Hub id, of an autoencoder or of a pipeline that has one; or an embedded model.
+        name: A folder, or a Hub id, of an autoencoder (`AutoencoderKL` or `VQModel`) or of a pipeline that has one as
+            its ``vae``; or an embedded model.
 
     Raises:
-        ValueError: If there is none, or only a pickle of it.
+        ValueError: If there is none, only a pickle of it, or weights of it are missing or damaged.
         OSError: If it can't be had.
     """
     place = assets_folder() / name if name in EMBEDDED else Path(name)
-    inner = {"subfolder": "vae"} if not place.is_dir() or (place / "vae").is_dir() else {}
-    source = str(place) if place.is_dir() else name
-    check_safe(source)
-    kind: Any = AutoencoderKL
     if place.is_dir():
-        folder = place / "vae" if inner else place
+        folder = place / "vae" if (place / "vae").is_dir() else place
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} holds no autoencoder: there is no config.json in it.")
-        kinds = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
-        said = storage.read_json(folder / "config.json").get("_class_name")
-        if said not in kinds:
-            raise ValueError(f"The autoencoder must be one of {', '.join(kinds)}, and {folder} holds {said}.")
-        kind = kinds[said]
-    vae: Autoencoder = kind.from_pretrained(source, use_safetensors=True, torch_dtype=torch.float32, **inner)
-    return vae.eval().requires_grad_(False)
+        check_part(folder)
+        source, inner, said = str(folder), {}, storage.read_json(folder / "config.json").get("_class_name")
+    else:
+        source, inner, said = name, *_class_on_the_hub(name)
+    kinds: dict[Any, Any] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
+    if said not in kinds:
+        raise ValueError(f"The autoencoder must be one of {', '.join(kinds)}, and {source} holds {said}.")
+    vae, found = kinds[said].from_pretrained(
+        source, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True, **inner
+    )
+    missing = list(found["missing_keys"])
+    if missing:  # diffusers has drawn random ones
+        raise ValueError(
+            f"{source} lacks {len(missing)} weights of its {said} ({missing[0]}, ...): fetch it again, whole."
+        )
+    loaded: Autoencoder = vae.eval().requires_grad_(False)
+    return loaded
+
+
+def _class_on_the_hub(name: str) -> tuple[dict[str, str], Any]:
+    """Where in a repository an autoencoder is, as ``from_pretrained`` takes it, and of what class it says it is."""
+    try:
+        inner = {"subfolder": "vae"}
+        config: Any = AutoencoderKL.load_config(name, **inner)
+    except OSError:
+        inner = {}
+        config = AutoencoderKL.load_config(name)
+    return inner, config.get("_class_name")

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 CROP, MIRROR = range(1, 3)  # streams of a sample's key
+END = 2**16  # bytes at either end of a file that tell it from another
 READERS = 8  # threads; PIL decodes outside of Python's lock
 
 
@@ -143,7 +144,7 @@ class Crops:
 
     def _crop(self, position: int, key: Key | None) -> torch.Tensor:
         """A crop (3, size, size) in [0, 1]."""
-        image = ImageOps.exif_transpose(self._opened(self._fit[position]))  # as a viewer shows it
+        image = self._turned(self._fit[position])
         spare = [length - self.size for length in image.size]
         left, top = (length // 2 for length in spare)
         if key is not None:
@@ -153,6 +154,12 @@ class Crops:
         mirrored = key is not None and rng_for(*key, MIRROR).random() < 0.5
         return crop.pixels.flip(2) if mirrored else crop.pixels
 
+    def _turned(self, index: int) -> Image.Image:
+        """A picture as a viewer shows it."""
+        with self._opened(index) as image:
+            image.load()  # a file that is cut short has a sound header
+            return ImageOps.exif_transpose(image)
+
     def _look_through(self, count: int, shown: bool) -> dict[int, str]:
         """What is wrong with pictures that can't be used, by their index."""
         found = self._pool.map(self._fault, range(count))
@@ -160,13 +167,15 @@ class Crops:
         return {index: fault for index, fault in faults if fault is not None}
 
     def _fault(self, index: int) -> str | None:
+        """What reading a picture as a crop is read comes to, before the training does."""
         try:
-            with self._opened(index) as image:
-                image.load()  # a file that is cut short has a sound header
-                if min(image.size) < self.size:
-                    width, height = image.size
-                    return f"{width}x{height}, smaller than the crops of {self.size}x{self.size}"
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image = self._turned(index)
+            width, height = image.size
+            if min(image.size) < self.size:
+                return f"{width}x{height}, smaller than the crops of {self.size}x{self.size}"
+            wide = image.mode.startswith(("F", "I"))  # these may hold a value that is out of range anywhere
+            read_pictures(image if wide else image.crop((0, 0, self.size, self.size)))
+        except Exception as error:  # decoders of PIL raise almost anything on a broken file
             return f"can't be read ({error or type(error).__name__})"
         return None
 
@@ -220,29 +229,54 @@ def split(whole: Pictures, held_out: int, seed: int) -> tuple[Some, Some]:
     return Some(whole, sorted(order[count:])), Some(whole, sorted(order[:count]))
 
 
-def folder_pictures(folder: str | Path, size: int, *, unfit: str = "refuse", shown: bool = True) -> Crops:
+def folder_pictures(
+    folder: str | Path, size: int, *, unfit: str = "refuse", without: str | Path | None = None, shown: bool = True
+) -> Crops:
     """Open a folder of pictures.
 
     Args:
         folder: Searched for picture files, folders in it too.
         size: Of the crops.
         unfit: See `Crops`.
+        without: A folder whose pictures are left out: those that are validated with.
         shown: See `Crops`.
 
     Raises:
         FileNotFoundError: If there are none.
-        ValueError: See `Crops`.
+        ValueError: If all are left out; see also `Crops`.
     """
-    folder = Path(folder)
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    if not files:
-        raise FileNotFoundError(f"There are no pictures ({', '.join(sorted(SUFFIXES))}) in {folder}.")
+    folder, files = Path(folder), _picture_files(folder)
+    if without is not None:
+        others = {file.resolve() for file in _picture_files(without)}
+        kept = [file for file in files if file.resolve() not in others]
+        if not kept:
+            raise ValueError(f"All pictures of {folder} are in {without} too: hold out a folder of other pictures.")
+        if len(kept) < len(files) and shown:
+            logger.warning(f"{len(files) - len(kept)} pictures of {folder} are held out, and not trained on.")
+        files = kept
     names = [str(file.relative_to(folder)) for file in files]
-    listed = "\n".join(f"{name} {file.stat().st_size}" for name, file in zip(names, files, strict=True))
+    listed = "\n".join(f"{name} {_content(file)}" for name, file in zip(names, files, strict=True))
     digest = hashlib.sha256(listed.encode()).hexdigest()
     return Crops(
         str(folder), names, lambda index: Image.open(files[index]), size, unfit=unfit, digest=digest, shown=shown
     )
+
+
+def _picture_files(folder: str | Path) -> list[Path]:
+    """Files of a folder that are pictures by their names, in order."""
+    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not files:
+        raise FileNotFoundError(f"There are no pictures ({', '.join(sorted(SUFFIXES))}) in {folder}.")
+    return files
+
+
+def _content(file: Path) -> str:
+    """What tells a file from another of its name: its size and both ends, without reading all of a large one."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        ends = stream.read(END)
+        stream.seek(max(END, size - END))
+        return f"{size} {hashlib.sha256(ends + stream.read(END)).hexdigest()}"
 
 
 def hub_pictures(name: str, size: int, *, split: str = "train", unfit: str = "refuse", shown: bool = True) -> Crops:
@@ -281,5 +315,7 @@ def hub_pictures(name: str, size: int, *, split: str = "train", unfit: str = "re
 
 
 def _of_row(rows: Any, column: str, index: int) -> Image.Image:
-    picture: Image.Image = rows[index][column]
+    picture: Image.Image | None = rows[index][column]
+    if picture is None:
+        raise ValueError("the row has no picture")
     return picture

@@ -23,7 +23,7 @@ from sfumato.randomness import generator_for
 from sfumato.restoration.examples import HeldOut
 from sfumato.restoration.scores import Distance, score, summarise
 
-__all__ = ["FILES", "Restorer", "Validation", "generate", "grid_picture", "restore"]
+__all__ = ["FILES", "Restorer", "Validation", "check_same_curves", "generate", "grid_picture", "restore"]
 
 FILES = ("validation.json", "validation", "curves.png")
 SHOWN = 8  # rows of the picture, at the most
@@ -100,6 +100,33 @@ def grid_picture(*columns: torch.Tensor, smallest: int = 64) -> Image.Image:
     return Image.fromarray(np.asarray((255 * sheet).round().to(torch.uint8).permute(1, 2, 0)))
 
 
+def check_same_curves(folder: Path, held_out: HeldOut, measure: str) -> None:
+    """Refuse to go on with curves of other pictures, or of another distance.
+
+    Args:
+        folder: Of the run.
+        held_out: The pictures.
+        measure: What the distance is called.
+
+    Raises:
+        ValueError: If the folder's curves are of others, or damaged.
+    """
+    path = folder / FILES[0]
+    stored = storage.read_json(path).get("of") if path.exists() else _facts(held_out, measure)
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} is damaged; delete it to begin the curves anew.")
+    if stored == _facts(held_out, measure):
+        return
+    other = "were drawn from other held-out pictures"
+    if stored.get("distance") != measure:
+        other = f"have the distance {stored.get('distance')!r}, not {measure!r}"
+    raise ValueError(f"The curves in {path} {other}: resume with the same, or delete that file to begin them anew.")
+
+
+def _facts(held_out: HeldOut, measure: str) -> dict[str, Any]:
+    return {"distance": measure, "held_out": len(held_out), "digest": held_out.digest()}
+
+
 class Validation:
     """Held-out pictures, and what became of them so far.
 
@@ -109,13 +136,15 @@ class Validation:
         distance: Beside PSNR and SSIM; None measures none.
         folder: Where rows and pictures go.
         between_sets: For generation, how far the pictures are from those held out; None does not measure that.
+        measure: What the distance is called.
     """
 
     def __init__(
         self, held_out: HeldOut, scale: int, distance: Distance | None, folder: Path,
-        between_sets: Callable[[torch.Tensor, torch.Tensor], float] | None = None,
+        between_sets: Callable[[torch.Tensor, torch.Tensor], float] | None = None, measure: str = "none",
     ) -> None:  # fmt: skip
         self.held_out, self.distance, self.between_sets, self.folder = held_out, distance, between_sets, folder
+        self._facts = _facts(held_out, measure)
         self.path, self.rows = folder / FILES[0], list[dict[str, Any]]()
         self.baseline: dict[str, Any] = {}
         if held_out.degraded is not None:
@@ -162,7 +191,8 @@ class Validation:
         file = self.folder / FILES[1] / f"step-{step:08d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         grid_picture(*shown).save(file)
-        storage.write_text(self.path, json.dumps({"baseline": self.baseline, "rows": self.rows}, indent=1))
+        content = {"of": self._facts, "baseline": self.baseline, "rows": self.rows}
+        storage.write_text(self.path, json.dumps(content, indent=1))
         return row
 
     def _summary(self, pictures: torch.Tensor) -> dict[str, Any]:
@@ -175,16 +205,15 @@ class Validation:
 
     def draw_curves(self, file: Path) -> None:
         """Draw the scores over the steps, with their intervals, if matplotlib is installed and there are some."""
-        measured = [name for name in LABELS if self.rows and name in self.rows[0]]
+        measured = [name for name in LABELS if any(name in row for row in self.rows)]
         if not measured or find_spec("matplotlib") is None:
             return
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(4 * len(measured), 3), layout="constrained")
-        steps = [row["step"] for row in self.rows]
         for place, name in enumerate(measured, start=1):
             axes = figure.add_subplot(1, len(measured), place, xlabel="step", title=LABELS[name])
-            values = [row[name] for row in self.rows]
+            steps, values = zip(*((row["step"], row[name]) for row in self.rows if name in row), strict=True)
             axes.plot(steps, [value["value"] for value in values], marker=".", label="restored")
             if "low" in values[0]:
                 low, high = ([value[end] for value in values] for end in ("low", "high"))

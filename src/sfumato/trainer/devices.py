@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from dataclasses import asdict
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,20 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 
 from sfumato.trainer.config import TrainingConfig
 from sfumato.trainer.zero import ZeroAccelerator
 
 __all__ = ["check_tracker", "make_accelerator", "process_group"]
+
+PATIENCE = timedelta(hours=6)
+"""How long a process waits for another: the first validates and saves alone, and NCCL would give up in 10 minutes."""
 
 
 def make_accelerator(config: TrainingConfig, output_dir: str | Path | None = None) -> Accelerator:
@@ -41,7 +50,8 @@ def make_accelerator(config: TrainingConfig, output_dir: str | Path | None = Non
     _check_devices()
     AcceleratorState._reset_state()  # else the precision of an earlier call in this process could not be left
     project = ProjectConfiguration(logging_dir=str(Path(output_dir) / "logs")) if output_dir else None
-    others: dict[str, Any] = {"log_with": config.log_with, "project_config": project}
+    group = InitProcessGroupKwargs(timeout=PATIENCE)
+    others: dict[str, Any] = {"log_with": config.log_with, "project_config": project, "kwargs_handlers": [group]}
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         accelerator: Accelerator = ZeroAccelerator(config.mixed_precision, **others)
     else:
