@@ -10,7 +10,10 @@ from sfumato.trainer import TrainingConfig
 from sfumato.training import rddm, resshift
 
 NETWORK = {"channels": [8, 16], "norm_num_groups": 4, "attention_head_dim": 8, "attention_levels": 0}
-HOW = {"steps": 6, "learning_rate": 1e-4, "ema_decay": 0.9, "max_grad_norm": 1.0, "checkpoint_every": 3}
+HOW = {
+    "steps": 6, "learning_rate": 1e-2, "optimizer": "sgd", "ema_decay": 0.9, "max_grad_norm": 1.0, "checkpoint_every": 3,
+}  # fmt: skip
+"""Not Adam, which takes whole steps for gradients that are rounding alone."""
 RUNS = {
     "resshift": (resshift, resshift.ResShiftConfig(), Degradation("inpaint"), {}),
     "rddm": (rddm, rddm.RDDMConfig(two_networks=True), Degradation("sr"), {"gradient_accumulation_steps": 2}),
