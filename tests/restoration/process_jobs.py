@@ -11,7 +11,8 @@ from sfumato.training import rddm, resshift
 
 NETWORK = {"channels": [8, 16], "norm_num_groups": 4, "attention_head_dim": 8, "attention_levels": 0}
 HOW = {
-    "steps": 6, "learning_rate": 1e-2, "optimizer": "sgd", "ema_decay": 0.9, "max_grad_norm": 1.0, "checkpoint_every": 3,
+    "steps": 6, "learning_rate": 1e-2, "optimizer": "sgd", "ema_decay": 0.9, "max_grad_norm": 1.0,
+    "checkpoint_every": 3,
 }  # fmt: skip
 """Not Adam, which takes whole steps for gradients that are rounding alone."""
 RUNS = {
