@@ -1,4 +1,6 @@
 import json
+import threading
+import time
 
 import pytest
 import torch
@@ -152,6 +154,28 @@ def test_a_claimed_folder_is_left_as_it_was(tmp_path):
         raise AssertionError
     with storage.claimed(None):
         pass
+
+
+def test_a_lock_is_waited_for_also_when_its_folder_vanishes_meanwhile(tmp_path):
+    held, released, got = threading.Event(), threading.Event(), []
+
+    def second():
+        held.wait()
+        with storage.locked(tmp_path / "out") as free:
+            got.append(free)
+        with storage.locked(tmp_path / "out", wait=True) as free:
+            got.extend([free, released.is_set()])
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with storage.locked(tmp_path / "out") as free:
+        held.set()
+        while thread.is_alive() and not got:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        released.set()
+    thread.join()
+    assert free and got == [False, True, True] and not (tmp_path / "out").exists()
 
 
 def test_bytes_are_written_whole_into_a_folder_made_for_them(tmp_path):

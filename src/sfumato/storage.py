@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,11 +26,13 @@ __all__ = [
     "atomic_directory",
     "check_disk_space",
     "check_output_dir",
+    "claimed",
     "fingerprint",
     "inside",
     "put_in_place",
     "load_tensors",
     "load_tensors_of",
+    "locked",
     "read_json",
     "read_metadata",
     "save_tensors",
@@ -338,20 +340,53 @@ def claimed(path: Path | None, *, resume: bool = False, own: Set[str] = JOB_FILE
     if path is None:
         yield
         return
-    path.mkdir(parents=True, exist_ok=True)
-    lock = path / LOCK_FILE
-    with lock.open("w") as file:
+    with locked(path) as held:
+        if not held:
+            raise FileExistsError(f"Another run is writing into {path}. Choose another output folder.")
+        check_output_dir(path, resume=resume, own=own)
+        yield
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Lock a folder against other processes, for as long as the context lasts or this process lives.
+
+    Args:
+        folder: It is made if need be, and removed again if nothing was written into it.
+        wait: Whether to wait until it is free.
+
+    Yields:
+        Whether this process holds it; another one may, unless it was waited for.
+    """
+    file = _lock(folder / LOCK_FILE, wait)
+    if file is None:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        (folder / LOCK_FILE).unlink(missing_ok=True)
+        file.close()
+        with suppress(OSError):  # unless it is empty
+            folder.rmdir()
+
+
+def _lock(path: Path, wait: bool) -> IO[str] | None:
+    """An open file that this process alone has locked; None if another one has."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FileExistsError(f"Another run is writing into {path}. Choose another output folder.") from error
+            file = path.open("w")
+        except FileNotFoundError:  # the one before has just removed the empty folder
+            continue
         try:
-            check_output_dir(path, resume=resume, own=own)
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-            with suppress(OSError):  # unless it is empty
-                path.rmdir()
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.close()
+            return None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # locked, but the one before has removed it
 
 
 def check_disk_space(path: str | Path, needed: int) -> None:

@@ -16,13 +16,13 @@ import pytest
 
 import sfumato
 from sfumato import cli, storage
-from sfumato.evaluation.benchmark import OWN_FILES, BenchmarkConfig, benchmark
+from sfumato.evaluation.benchmark import BenchmarkConfig, benchmark
 from sfumato.evaluation.cells import Bench, Cell
 from sfumato.evaluation.evaluate import EvaluationConfig
 from sfumato.evaluation.leaderboard import pareto_front, render_leaderboard
 from sfumato.evaluation.metrics import wilson
 from sfumato.evaluation.pictures import Request
-from sfumato.evaluation.standings import as_csv, as_markdown, expected, pooled, robustness, standings
+from sfumato.evaluation.standings import as_csv, as_markdown, expected, pooled, robustness, standings, utility
 
 FAST = ["--quick", "--num_inference_steps", "4", "--attack_count", "2", "--device", "cpu"]
 TWO = ["--methods", "uce", "--concepts", "sneaker,sketch", "--attacks", "embeddings"]
@@ -195,15 +195,28 @@ def test_a_failed_run_is_noted_and_the_rest_goes_on(finished, tmp_path, capsys):
     assert "esd, sneaker, seed 0: unlearns" in capsys.readouterr().err
 
 
-def test_two_at_once_are_refused(finished):
-    config = BenchmarkConfig(str(finished[2]), methods="uce", resume=True, device="cpu")
-    before = (finished[2] / "leaderboard.json").read_text()
-    with (
-        storage.claimed(finished[2], resume=True, own=OWN_FILES),
-        pytest.raises(FileExistsError, match="Another run is writing"),
-    ):
-        benchmark(config)
-    assert (finished[2] / "leaderboard.json").read_text() == before
+def test_two_at_once_share_the_cells(tmp_path):
+    command = [
+        sys.executable, "-m", "sfumato.cli", "benchmark", "--output", str(tmp_path / "out"), *FAST, "--resume",
+        "--methods", "uce,rece", "--concepts", "sneaker", "--attacks", "none",
+    ]  # fmt: skip
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    printed, said = zip(*(process.communicate() for process in both), strict=True)
+    assert [process.returncode for process in both] == [0, 0], said
+    assert all("| uce |" in table and "| rece |" in table for table in printed)
+    for work in ("uce, sneaker, seed 0: unlearns", "rece, sneaker, seed 0: unlearns"):
+        assert sum(text.count(work) for text in said) == 1
+
+
+def test_what_another_benchmark_is_at_is_waited_for(finished, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(finished[2], tmp_path / "out")
+    (theirs,) = folder.glob("cells/uce-sneaker-*")
+    with contextlib.ExitStack() as other:
+        assert other.enter_context(storage.locked(theirs))
+        monkeypatch.setattr(time, "sleep", lambda seconds: other.close())
+        _, found = run(folder, *TWO, "--resume")
+    assert found["methods"] == finished[1]["methods"] and len(found["cells"]) == 2
+    assert "another benchmark is at the last 1 of 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -217,6 +230,7 @@ def test_two_at_once_are_refused(finished):
         ({"detector": "clap"}, "clap"),
         ({"features": "clap"}, "clap"),
         ({"real": "nowhere"}, "nowhere"),
+        ({"neighbours": "boot"}, "every other word is one"),
         ({"recipe": "nowhere-{}"}, "nowhere-salun"),
         ({"model": "atelier-pixel", "concepts": "bag"}, "attacks"),
     ],
@@ -229,7 +243,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(settings, said, tmp_pa
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one process"):
+    with pytest.raises(ValueError, match="start the same command several times"):
         benchmark(BenchmarkConfig(str(tmp_path / "out")))
 
 
@@ -268,6 +282,19 @@ def test_robustness_is_against_the_strongest_attack():
     shares = {"ASR weak": wilson(1, 10).as_dict(), "ASR strong": wilson(7, 10).as_dict()}
     assert robustness({"measures": shares})["value"] == pytest.approx(0.3)
     assert robustness({"measures": {}}) is None
+
+
+def test_without_a_vocabulary_utility_is_that_of_the_neighbours():
+    shares = {"neighbour Monet": wilson(9, 10).as_dict(), "neighbour Degas": wilson(3, 10).as_dict()}
+    assert utility({"measures": shares}) == wilson(12, 20).as_dict()
+    assert utility({"measures": {**shares, "ira": wilson(1, 2).as_dict()}}) == wilson(1, 2).as_dict()
+    assert utility({"measures": {}}) is None
+
+
+def test_each_concept_has_the_others_for_neighbours():
+    bench = Bench(Path("out"), "sd", None, "0", EvaluationConfig(neighbours=["Monet", "Degas"]), {})
+    assert Cell(bench, "uce", "Degas", 0).neighbours == ["Monet"]
+    assert Cell(bench, "uce", "Degas+Monet", 0).neighbours is None
 
 
 def test_front_leaves_out_what_is_beaten():

@@ -5,7 +5,9 @@ are evaluated from the same noise, and the original's pictures are drawn once fo
 same settings. What is finished stays: a benchmark that was killed goes on with ``--resume``, and so does one that is
 asked for more methods, concepts, seeds or attacks; a run by other settings is another cell. The leaderboard shows all
 cells of the folder that were made and evaluated by the settings of the call, also those that it does not name. One
-that fails, as with a loss that is not finite, is noted as failed, and the rest goes on.
+that fails, as with a loss that is not finite, is noted as failed, and the rest goes on. Several benchmarks in one
+folder, one on each accelerator for instance, share the cells: each takes those that no other is at, and the page of
+the last one shows all.
 
 UA, IRA and CRA are those of UnlearnCanvas (Zhang et al., arXiv 2402.11846), and objects, styles and other domains are
 reported apart as there; pre-ASR and ASR those of UnlearnDiffAtk (Zhang et al., arXiv 2310.11868).
@@ -17,6 +19,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -56,6 +59,8 @@ QUICK_PROMPTS = 6
 PAGE, RESULTS, TABLE, STRIP = "leaderboard.html", "leaderboard.json", "leaderboard.csv", "methods.png"
 OWN_FILES = frozenset({"cells", "pictures", PAGE, RESULTS, TABLE, STRIP})
 PACKAGES = ("sfumato", "torch", "diffusers", "transformers", "accelerate")
+PATIENCE = 2.0
+"""Seconds between looks at cells that another benchmark is at."""
 
 
 @dataclass
@@ -82,6 +87,8 @@ class BenchmarkConfig:
         num_inference_steps: Sampler steps; by default 20 with a vocabulary, else 50.
         guidance_scale: Classifier-free guidance; by default 3 with a vocabulary, else 7.5.
         batch_size: Pictures, and attacked prompts, at a time; by default 32 with a vocabulary, else 4.
+        neighbours: Words that must stay, comma-separated, for a model without a vocabulary, in the place of IRA; each
+            concept's are those that are not the concept.
         detector: What tells the concept; see sfumato evaluate.
         features: In what distances are measured; see sfumato evaluate.
         clip: A CLIP to score with how well pictures fit their prompts; none by default.
@@ -108,6 +115,7 @@ class BenchmarkConfig:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     batch_size: int | None = None
+    neighbours: str | None = None
     detector: str | None = None
     features: str | None = None
     clip: str | None = None
@@ -119,7 +127,7 @@ class BenchmarkConfig:
         """Check what can be checked without the model."""
         check_types(self)
         check_ranges(self, {"attack_count": 1, "training_steps": 1})
-        for name in ("methods", "concepts", "seeds", "attacks"):
+        for name in ("methods", "concepts", "seeds", "attacks", "neighbours"):
             value = getattr(self, name)
             if value is not None and not _listed(value):
                 raise ValueError(f"`{name}` is empty: name at least one, separated by commas.")
@@ -181,23 +189,20 @@ def benchmark(config: BenchmarkConfig, *, command: str | None = None) -> dict[st
 
     Raises:
         ValueError: If a method, concept, attack or setting is unknown or does not fit the model.
-        FileExistsError: If the folder holds something else, a benchmark and `resume` is false, or is in use.
+        FileExistsError: If the folder holds something else, or a benchmark and `resume` is false.
         OSError: If weights can't be had, or the disk is full.
         ImportError: If a package is not installed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("The benchmark runs in one process: start it without a launcher, or share out its methods.")
+        raise ValueError(
+            "The benchmark takes no launcher: start the same command several times with --resume, to share its cells."
+        )
     folder = Path(config.output)
     storage.check_output_dir(folder, resume=config.resume, own=OWN_FILES)
     bench = _prepared(config, folder)
     cells = _planned(config, bench)
-    with storage.claimed(folder, resume=config.resume, own=OWN_FILES):
-        rows = []
-        for number, cell in enumerate(cells, 1):
-            label = f"{number}/{len(cells)} {cell.method}, {cell.concept}, seed {cell.seed}"
-            rows.append(run_cell(cell, lambda text, label=label: _say(f"{label}: {text}")))  # type: ignore[misc]
-            for stage, said in rows[-1]["failed"].items():
-                _say(f"{label}: failed ({stage}): {said}")
+    rows = _run_all(cells)
+    with storage.locked(folder, wait=True):
         rows += cells_beside(bench, cells)
         found = _results(config, bench, rows, command)
         storage.write_text(folder / TABLE, as_csv(rows))
@@ -207,6 +212,34 @@ def benchmark(config: BenchmarkConfig, *, command: str | None = None) -> dict[st
             storage.write_bytes(folder / STRIP, strip)
         storage.write_text(folder / RESULTS, json.dumps(found, indent=1))
     return found
+
+
+def _run_all(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Run the cells, those that another benchmark is at when it has finished or died; gives their rows, in order."""
+    rows: dict[int, dict[str, Any]] = {}
+    said = False
+    while len(rows) < len(cells):
+        done = len(rows)
+        for number, cell in enumerate(cells, 1):
+            if number not in rows:
+                with storage.locked(cell.folder) as free:
+                    if free:
+                        rows[number] = _run(cell, f"{number}/{len(cells)}")
+        if len(rows) == done:
+            if not said:
+                _say(f"another benchmark is at the last {len(cells) - done} of {len(cells)}: waiting for it")
+            said = True
+            time.sleep(PATIENCE)
+    return [rows[number] for number in sorted(rows)]
+
+
+def _run(cell: Cell, place: str) -> dict[str, Any]:
+    """Run a cell, and say how it goes."""
+    label = f"{place} {cell.method}, {cell.concept}, seed {cell.seed}"
+    row = run_cell(cell, lambda text: _say(f"{label}: {text}"))
+    for stage, said in row["failed"].items():
+        _say(f"{label}: failed ({stage}): {said}")
+    return row
 
 
 def _say(text: str) -> None:
@@ -219,7 +252,8 @@ def _prepared(config: BenchmarkConfig, folder: Path) -> Bench:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = loading.load(config.model, dtype=getattr(torch, config.dtype)).to(device)
     names = EvaluationConfig.__dataclass_fields__.keys() & BenchmarkConfig.__dataclass_fields__.keys()
-    evaluation = EvaluationConfig(**{name: getattr(config, name) for name in names})
+    given = {name: getattr(config, name) for name in names}
+    evaluation = EvaluationConfig(**given | {"neighbours": _listed(config.neighbours or "") or None})
     full = evaluation.completed(vocabulary=concepts.vocabulary_of(pipe) is not None)
     if config.attack_names and not isinstance(family_of(pipe), StableDiffusion):
         raise ValueError(f"Attacks are for Stable Diffusion 1, 2 and XL; for {config.model} set `attacks` to none.")

@@ -103,6 +103,12 @@ class Cell:
         return [phrase.strip() for phrase in self.concept.split("+")]
 
     @property
+    def neighbours(self) -> list[str] | None:
+        """Of the words that must stay, those that are not forgotten."""
+        words = self.bench.evaluation.neighbours or []
+        return [word for word in words if word not in self.phrases] or None
+
+    @property
     def kind(self) -> str:
         """The domain that the concept is reported in; of a model without a vocabulary all are of one."""
         vocabulary = concepts.vocabulary_of(self.bench.pipe)
@@ -175,7 +181,8 @@ def _row(cell: Cell, say: Callable[[str], None]) -> dict[str, Any]:
     if message is not None:
         return {**row, "failed": {"unlearn": message}}
     row |= found
-    evaluating = replace(cell.bench.evaluation, seed=cell.seed, cache=str(cell.bench.folder / "pictures"))
+    cache = str(cell.bench.folder / "pictures")
+    evaluating = replace(cell.bench.evaluation, seed=cell.seed, cache=cache, neighbours=cell.neighbours)
     folder = cell.folder / f"evaluation-{digest({**asdict(evaluating), 'cache': None, 'device': None})}"
     found, message = _once(cell, folder.name, lambda: _evaluation(cell, evaluating, folder, say))
     if message is None:

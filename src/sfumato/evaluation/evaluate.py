@@ -97,7 +97,9 @@ class EvaluationConfig:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
 
     def completed(self, *, vocabulary: bool) -> EvaluationConfig:
-        """Fill in the defaults that depend on the model, and what `quick` means."""
+        """Fill in the defaults that depend on the model, and what `quick` means; ValueError if one does not fit it."""
+        if vocabulary and self.neighbours:
+            raise ValueError("`neighbours` are for other models: with a vocabulary every other word is one.")
         usual = {"retain_repeats": 1, "num_inference_steps": 20, "guidance_scale": 3.0, "batch_size": 32}
         large = {"retain_repeats": 5, "num_inference_steps": 50, "guidance_scale": 7.5, "batch_size": 4}
         given = {name: getattr(self, name) for name in usual}
@@ -313,8 +315,6 @@ def _plan(
     repeats = {"forget_repeats": config.forget_repeats, "retain_repeats": config.retain_repeats or 1}
     options: dict[str, Any] = {"threshold": config.threshold, "top": config.top, "device": pipe.device}
     if vocabulary is not None:
-        if config.neighbours:
-            raise ValueError("`neighbours` are for other models: with a vocabulary every other word is one.")
         sheet = vocabulary_sheet(vocabulary, concept.phrases, seed=config.seed, **repeats)
         groups = list(dict.fromkeys(domain for phrase in concept.phrases for domain in vocabulary.parse(phrase)))
         if config.detector is not None:

@@ -17,7 +17,7 @@ from sfumato import storage
 from sfumato.evaluation.cells import EXAMPLES_FILE
 from sfumato.evaluation.plots import INK, LINE_COLOURS, inline_svg
 from sfumato.evaluation.report import label_rows, picture_grid
-from sfumato.evaluation.standings import columns_of, robustness, worded
+from sfumato.evaluation.standings import columns_of, robustness, utility, worded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,27 +125,30 @@ def _plots(lines: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     forgets: dict[str, Point] = {}
     resists: dict[str, Point] = {}
     for name, line in lines.items():
-        measures, hard = line["measures"], robustness(line)
-        if "ira" in measures and "ua" in measures:
-            forgets[name] = (measures["ira"], measures["ua"])
-        if "ira" in measures and hard is not None:
-            resists[name] = (measures["ira"], hard)
+        gone, kept, hard = line["measures"].get("ua"), utility(line), robustness(line)
+        if kept is not None and gone is not None:
+            forgets[name] = (kept, gone)
+        if kept is not None and hard is not None:
+            resists[name] = (kept, hard)
+    order, useful = list(lines), "IRA" if any("ira" in line["measures"] for line in lines.values()) else "neighbours"
+    strongest = "1 - ASR under the attack that is strongest on each"
     chosen = [
-        ("Robustness (1 - ASR under the attack that is strongest on each) against utility (IRA)", "1 - ASR", resists),
-        ("Unlearning accuracy (UA) against utility (IRA)", "UA", forgets),
+        (f"Robustness ({strongest}) against utility ({useful})", "1 - ASR", resists),
+        (f"Unlearning accuracy (UA) against utility ({useful})", "UA", forgets),
     ]
-    order = list(lines)
     return [
         (
             caption,
-            inline_svg(partial(_scatter, points=points, order=order, label=label), (5.6, 3.4), needed_by="A plot"),
+            inline_svg(
+                partial(_scatter, points=points, order=order, labels=(useful, label)), (5.6, 3.4), needed_by="A plot"
+            ),
         )
         for caption, label, points in chosen
         if points
     ]
 
 
-def _scatter(figure: Figure, *, points: Mapping[str, Point], order: Sequence[str], label: str) -> None:
+def _scatter(figure: Figure, *, points: Mapping[str, Point], order: Sequence[str], labels: tuple[str, str]) -> None:
     axes = figure.add_subplot()
     for name, (x, y) in points.items():
         at = order.index(name)
@@ -161,8 +164,8 @@ def _scatter(figure: Figure, *, points: Mapping[str, Point], order: Sequence[str
     front = pareto_front({name: (x["value"], y["value"]) for name, (x, y) in points.items()})
     ends = [(100 * points[name][0]["value"], 100 * points[name][1]["value"]) for name in front]
     axes.plot(*zip(*ends, strict=True), color=INK, alpha=0.35, linewidth=0.9, linestyle="--", zorder=0)
-    axes.set_xlabel("IRA, %")
-    axes.set_ylabel(f"{label}, %")
+    axes.set_xlabel(f"{labels[0]}, %")
+    axes.set_ylabel(f"{labels[1]}, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=INK, alpha=0.1, linewidth=0.6)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)

@@ -32,6 +32,7 @@ __all__ = [
     "pooled",
     "robustness",
     "standings",
+    "utility",
     "worded",
 ]
 
@@ -166,6 +167,15 @@ def robustness(line: Mapping[str, Any]) -> dict[str, float] | None:
         return None
     worst = max(rates, key=lambda share: share["value"])
     return {"value": 1 - worst["value"], "low": 1 - worst["high"], "high": 1 - worst["low"]}
+
+
+def utility(line: Mapping[str, Any]) -> dict[str, float] | None:
+    """Give what a line keeps: IRA, or, without a vocabulary, its neighbours together; None if it has neither."""
+    measures = line["measures"]
+    if "ira" in measures:
+        return dict(measures["ira"])
+    near = [share for name, share in measures.items() if name.startswith(NEIGHBOUR)]
+    return _together(near) if near else None
 
 
 def expected(rows: Sequence[Mapping[str, Any]], vocabulary: Vocabulary | None) -> dict[str, dict[str, list[int]]]:
