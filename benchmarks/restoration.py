@@ -2,7 +2,7 @@
 
 Renders of Fashion-MNIST are enlarged four times (or their holes filled) by bicubic interpolation, by one pass through
 a network that was trained with L1, by ResShift in 15 and 4 steps and by RDDM in 5, the networks of the same size and
-trained as long on the same pairs. What the folder lacks is trained first (an hour each on two CPU cores); a run that
+trained as long on the same pairs. What the folder lacks is trained first, forty minutes each on a CPU core; a run that
 was killed goes on. Then all restore the same test pictures, none of which was trained on. Printed are means with 95 %
 intervals over the pictures, and how far the methods are apart picture by picture; ``restored-sr.png`` shows some.
 """
@@ -25,13 +25,13 @@ from sfumato.pipelines.restoration import degraded_start
 from sfumato.restoration import regression
 from sfumato.restoration.degradations import Degradation
 from sfumato.restoration.examples import HeldOut, hold_out
-from sfumato.restoration.job import JobConfig, Method, train_restoration
+from sfumato.restoration.job import Method
 from sfumato.restoration.networks import NetworkConfig
 from sfumato.restoration.pictures import Renders
 from sfumato.restoration.scores import find_distance, score, summarise
 from sfumato.restoration.validation import grid_picture, restore
-from sfumato.trainer import TrainingConfig
 from sfumato.training import rddm, resshift
+from sfumato.training.atelier_restorers import STEPS, train_once, training_of
 
 SHOWN = 6
 START = {"sr": "bicubic", "inpaint": "with holes"}
@@ -57,7 +57,7 @@ class CompareConfig:
     output: str
     task: str = "sr"
     methods: str = "regression,resshift-15,resshift-4,rddm"
-    steps: int = 6000
+    steps: int = STEPS
     learning_rate: float = 1e-3
     noise: float = 0.0
     pictures: int = 500
@@ -98,20 +98,8 @@ METHODS: dict[str, Callable[[], Compared]] = {
 def trained(name: str, config: CompareConfig, degradation: Degradation) -> Any:
     """The method's pipeline, from the folder or, if it is not there yet, trained."""
     method, folder = METHODS[name](), Path(config.output) / f"{config.task}-{name}"
-    network = NetworkConfig()
-    job = JobConfig(output=str(folder), data_dir=config.data_dir, save_dtype="float16", resume=folder.exists())
-    training = TrainingConfig(
-        steps=config.steps, learning_rate=config.learning_rate, optimizer="adamw", lr_schedule="cosine",
-        warmup_steps=min(200, config.steps // 10), max_grad_norm=1.0, ema_decay=0.999, checkpoint_every=500,
-        seed=config.seed,
-    )  # fmt: skip
-    asked = json.loads(json.dumps({"degradation": asdict(degradation), "training": asdict(training)}))
-    if (folder / "manifest.json").exists() and not (folder / "result").exists():
-        found = storage.read_json(folder / "manifest.json")["settings"]
-        if {key: found[key] for key in asked} != asked:
-            raise ValueError(f"{folder} was trained by other settings: use the same, or another --output.")
-    else:
-        train_restoration(method.make(network), job, degradation, network, training)
+    how = training_of(config.steps, config.learning_rate, config.seed)
+    train_once(method.make, folder, degradation, how, config.data_dir)
     pipe = method.load(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -143,9 +143,9 @@ def _add_restoring(commands: Any) -> None:
 
 
 def _add_release(commands: Any) -> None:
-    summary = "make of an unlearning result a folder for the Hugging Face Hub, with a model card"
+    summary = "make of an unlearning result, or a restoration model, a folder for the Hugging Face Hub"
     command = commands.add_parser("release", help=summary, description=summary)
-    command.add_argument("result", help="the output folder of `sfumato unlearn`")
+    command.add_argument("result", help="the output folder of `sfumato unlearn`, or of a restoration job")
     command.add_argument("--output", required=True, help="a new or empty folder for the release")
     command.add_argument(
         "--formats", nargs="+", default=None, help="full, part, delta, lora: which of those saved; all"
@@ -153,7 +153,7 @@ def _add_release(commands: Any) -> None:
     command.add_argument("--evaluation", default=None, help="the result's evaluation.json")
     command.add_argument("--attacks", nargs="+", default=(), help="the attack.json of each attack on the result")
     command.add_argument("--base", default=None, help="the original: embedded, a folder or Hub id; the manifest's")
-    command.add_argument("--license", default=None, help="of the result; that of the base's card")
+    command.add_argument("--license", default=None, help="of the result; by default that of the base's card")
     command.add_argument("--scheduler", default=None, help="a sfumato scheduler to ship with the pipeline, as bdia")
     command.add_argument("--push", default=None, metavar="REPO_ID", help="upload to this Hub repository, privately")
     command.add_argument("--public", action="store_true", help="with --push: for all to see")

@@ -18,7 +18,17 @@ from sfumato.loading import PICKLES
 from sfumato.unlearning.methods import METHODS
 from sfumato.unlearning.result import FORMATS
 
-__all__ = ["Finished", "check_weights", "choose_formats", "copy_base", "copy_format", "read_finished"]
+__all__ = [
+    "Finished",
+    "check_files",
+    "check_weights",
+    "choose_formats",
+    "copy_base",
+    "copy_format",
+    "copy_pipeline",
+    "is_same_release",
+    "read_finished",
+]
 
 _DATA = frozenset({".jinja", ".json", ".model", ".safetensors", ".txt"})
 _ORIGINS = ("_name_or_path", "name_or_path")
@@ -90,8 +100,7 @@ def read_finished(folder: str | Path) -> Finished:
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
         raise FileNotFoundError(f"{folder} is not the result of `sfumato unlearn`: it has no manifest.json.")
-    for path in sorted(folder.rglob("*")):
-        _check_file(folder, path)
+    check_files(folder)
     manifest = storage.read_json(folder / "manifest.json")
     wrong = [name for name, kind in _NEEDED.items() if not isinstance(manifest.get(name), kind)]
     wrong += ["method"] if manifest.get("method") not in METHODS else []
@@ -100,6 +109,36 @@ def read_finished(folder: str | Path) -> Finished:
         raise ValueError(f"{folder}/manifest.json is not one of an unlearning run: {wrong[0]!r} is missing or wrong.")
     index = folder / "model_index.json"
     return Finished(folder, manifest, storage.read_json(index) if "full" in manifest["saved"] else {})
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a folder that holds what must not be passed on.
+
+    Raises:
+        ValueError: If it holds a pickle, a link that leads out of it, or a damaged file.
+    """
+    for path in sorted(folder.rglob("*")):
+        _check_file(folder, path)
+
+
+def is_same_release(output: Path, request: str | None) -> bool:
+    """Say whether a folder holds a release that was made by the same request already.
+
+    Args:
+        output: The folder.
+        request: What tells the release from any other; None takes none for the same.
+
+    Raises:
+        FileExistsError: If it holds anything else.
+    """
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise FileExistsError(f"{output} is a file or a link. Choose a new or empty output folder.")
+    if not output.exists() or not any(output.iterdir()):
+        return False
+    stated = output / "manifest.json"
+    if request is not None and stated.is_file() and storage.read_json(stated).get("release") == request:
+        return True
+    raise FileExistsError(f"{output} already holds something. Choose a new or empty output folder.")
 
 
 def _check_file(folder: Path, path: Path) -> None:
@@ -206,7 +245,7 @@ def copy_format(finished: Finished, name: str, target: Path) -> None:
         target: The release.
     """
     if name == "full":
-        _copy_pipeline(finished.folder, finished.index, target)
+        copy_pipeline(finished.folder, finished.index, target)
     elif name == "part":
         for part in finished.changed:
             _copy_data(finished.component(part), target / part)
@@ -224,11 +263,18 @@ def copy_base(source: Path, target: Path) -> None:
         target: Its folder in the release, which is made.
     """
     target.mkdir()
-    _copy_pipeline(source, storage.read_json(source / "model_index.json"), target)
+    copy_pipeline(source, storage.read_json(source / "model_index.json"), target)
     shutil.copyfile(source / "README.md", target / "README.md")
 
 
-def _copy_pipeline(source: Path, index: Mapping[str, Any], target: Path) -> None:
+def copy_pipeline(source: Path, index: Mapping[str, Any], target: Path) -> None:
+    """Copy the parts of a saved pipeline, without code and without paths on this machine.
+
+    Args:
+        source: Its folder.
+        index: Its ``model_index.json``.
+        target: An empty folder.
+    """
     for part in _components(index):
         _copy_data(storage.inside(source, part), target / part)
     told = {key: value for key, value in index.items() if key not in _ORIGINS}

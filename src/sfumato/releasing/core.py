@@ -17,8 +17,17 @@ from sfumato.releasing import hub
 from sfumato.releasing.base import BASE_FOLDER, Base, find_base, licence_of
 from sfumato.releasing.card import Contents, make_card, require_jinja
 from sfumato.releasing.commands import recipe_of
-from sfumato.releasing.contents import Finished, check_weights, choose_formats, copy_base, copy_format, read_finished
+from sfumato.releasing.contents import (
+    Finished,
+    check_weights,
+    choose_formats,
+    copy_base,
+    copy_format,
+    is_same_release,
+    read_finished,
+)
 from sfumato.releasing.custom_code import CustomCode, add_custom_code, find_custom_code
+from sfumato.releasing.restorer import is_restorer, release_restorer
 from sfumato.releasing.results import Finding, published, read_attack, read_evaluation
 
 __all__ = ["release"]
@@ -42,8 +51,10 @@ def release(
 ) -> Path:
     """Make of an unlearning result a folder that any user of diffusers can load, with a model card.
 
+    That of a restoration job is released too; of the options it takes `license`, which it needs, `push` and `public`.
+
     Args:
-        result: The output folder of an unlearning run.
+        result: The output folder of an unlearning run, or of a restoration job.
         output: The release, a new or empty folder; with `push` also one that this call has made before, the upload of
             which is then continued.
         formats: Which of what the run saved, as in `sfumato.unlearning.result`; None takes all.
@@ -68,6 +79,12 @@ def release(
         ConnectionError: If the Hub can't be reached.
         PermissionError: If the user is not logged in.
     """
+    if is_restorer(result):
+        named = {"formats": formats, "evaluation": evaluation, "base": base, "scheduler": scheduler}
+        given = [*(name for name, value in named.items() if value is not None), *(["attacks"] if attacks else [])]
+        if given:
+            raise ValueError(f"`{given[0]}` is for unlearning results, and {result} is a restoration model.")
+        return release_restorer(result, output, license=license, push=push, public=public, api=api)
     require_jinja()
     finished, output = read_finished(result), Path(output)
     chosen = choose_formats(finished, formats)
@@ -80,7 +97,7 @@ def release(
     audit, attacked = _findings(finished, evaluation, attacks, audited, origin, name)
     contents = Contents(finished, chosen, origin, licence, code, base_code, audit, attacked, audited, name)
     request, run = _request(contents, result), _run(result)
-    done = _check_output(output, request if push is not None else None)
+    done = is_same_release(output, request if push is not None else None)
     told = {"result_fingerprint": finished.manifest["result_fingerprint"], "run": run}
     standing = None if push is None else hub.check_push(push, told, public=public, api=api)
     if not done:
@@ -137,18 +154,6 @@ def _request(contents: Contents, result: str | Path) -> str:
     found = [finding.content for finding in contents.findings]
     asked = [contents.formats, contents.base.name, dict(contents.licence), contents.code.names, found, contents.name]
     return hashlib.sha256(manifest + json.dumps(asked, sort_keys=True).encode()).hexdigest()
-
-
-def _check_output(output: Path, request: str | None) -> bool:
-    """Whether the folder holds this very release; a FileExistsError if it holds anything else."""
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise FileExistsError(f"{output} is a file or a link. Choose a new or empty output folder.")
-    if not output.exists() or not any(output.iterdir()):
-        return False
-    stated = output / "manifest.json"
-    if request is not None and stated.is_file() and storage.read_json(stated).get("release") == request:
-        return True
-    raise FileExistsError(f"{output} already holds something. Choose a new or empty output folder.")
 
 
 def _fill(folder: Path, contents: Contents, told: Mapping[str, str]) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from sfumato import atelier, storage
@@ -345,15 +346,15 @@ class _Run:
         with storage.atomic_directory(self.folder / "result") as partial:
             pipe.save_pretrained(partial)
             storage.write_text(partial / "history.json", json.dumps(history))
-            self.validation.draw_curves(partial / "curves.png")
-            manifest = self._manifest(configs)
+            self.validation.draw_curves(partial / validation.CURVES_FILE)
+            manifest = self._manifest(pipe, configs)
             storage.write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
-            storage.write_text(partial / "README.md", make_card(self.method.title, manifest, self.validation))
+            storage.write_text(partial / "README.md", make_card(manifest, self.validation.content))
         last = "model_index.json" if (self.folder / "result" / "model_index.json").exists() else "manifest.json"
         storage.put_in_place(self.folder / "result", last)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
-    def _manifest(self, configs: Mapping[str, Any]) -> dict[str, Any]:
+    def _manifest(self, pipe: Restorer, configs: Mapping[str, Any]) -> dict[str, Any]:
         packages = ("sfumato", "torch", "diffusers", "accelerate", "safetensors")
         settings = {
             name: None if config is None else {k: v for k, v in asdict(config).items() if k not in _OF_THE_CALL}
@@ -361,6 +362,8 @@ class _Run:
         }
         return {
             "method": self.method.name,
+            "title": self.method.title,
+            "pipeline": type(pipe).__name__ if isinstance(pipe, DiffusionPipeline) else None,
             **self.config,
             "settings": settings,
             "seed": self.training.seed,

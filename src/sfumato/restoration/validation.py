@@ -7,7 +7,7 @@ and ``curves.png`` shows the rows at the end.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,9 +23,20 @@ from sfumato.randomness import generator_for
 from sfumato.restoration.examples import HeldOut
 from sfumato.restoration.scores import Distance, score, summarise
 
-__all__ = ["FILES", "Restorer", "Validation", "check_same_curves", "generate", "grid_picture", "restore"]
+__all__ = [
+    "CURVES_FILE",
+    "FILES",
+    "ROWS_FILE",
+    "Restorer",
+    "Validation",
+    "check_same_curves",
+    "generate",
+    "grid_picture",
+    "picture_of",
+    "restore",
+]
 
-FILES = ("validation.json", "validation", "curves.png")
+ROWS_FILE, PICTURES_FOLDER, CURVES_FILE = FILES = ("validation.json", "validation", "curves.png")
 SHOWN = 8  # rows of the picture, at the most
 LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "distance": "distance of features"}
 
@@ -100,6 +111,11 @@ def grid_picture(*columns: torch.Tensor, smallest: int = 64) -> Image.Image:
     return Image.fromarray(np.asarray((255 * sheet).round().to(torch.uint8).permute(1, 2, 0)))
 
 
+def picture_of(row: Mapping[str, Any]) -> str:
+    """Give the path, in the folder of the run, of the picture that goes with a row."""
+    return f"{PICTURES_FOLDER}/step-{row['step']:08d}.png"
+
+
 def check_same_curves(folder: Path, held_out: HeldOut, measure: str) -> None:
     """Refuse to go on with curves of other pictures, or of another distance.
 
@@ -111,7 +127,7 @@ def check_same_curves(folder: Path, held_out: HeldOut, measure: str) -> None:
     Raises:
         ValueError: If the folder's curves are of others, or damaged.
     """
-    path = folder / FILES[0]
+    path = folder / ROWS_FILE
     stored = storage.read_json(path).get("of") if path.exists() else _facts(held_out, measure)
     if not isinstance(stored, dict):
         raise ValueError(f"{path} is damaged; delete it to begin the curves anew.")
@@ -145,7 +161,7 @@ class Validation:
     ) -> None:  # fmt: skip
         self.held_out, self.distance, self.between_sets, self.folder = held_out, distance, between_sets, folder
         self._facts = _facts(held_out, measure)
-        self.path, self.rows = folder / FILES[0], list[dict[str, Any]]()
+        self.path, self.rows = folder / ROWS_FILE, list[dict[str, Any]]()
         self.baseline: dict[str, Any] = {}
         if held_out.degraded is not None:
             start = degraded_start(held_out.degraded.picture, scale) / 2 + 0.5
@@ -188,12 +204,16 @@ class Validation:
             shown = [self.held_out.degraded.picture[:SHOWN] / 2 + 0.5, restored[:SHOWN], self.held_out.clean[:SHOWN]]
         row = {"step": step, "seconds": round(seconds, 1), **self._summary(restored)}
         self.rows = [*(other for other in self.rows if other["step"] < step), row]
-        file = self.folder / FILES[1] / f"step-{step:08d}.png"
+        file = self.folder / picture_of(row)
         file.parent.mkdir(parents=True, exist_ok=True)
         grid_picture(*shown).save(file)
-        content = {"of": self._facts, "baseline": self.baseline, "rows": self.rows}
-        storage.write_text(self.path, json.dumps(content, indent=1))
+        storage.write_text(self.path, json.dumps(self.content, indent=1))
         return row
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What ``validation.json`` holds."""
+        return {"of": self._facts, "baseline": self.baseline, "rows": self.rows}
 
     def _summary(self, pictures: torch.Tensor) -> dict[str, Any]:
         """Means with their intervals, as JSON can hold them."""

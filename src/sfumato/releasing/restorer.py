@@ -1,0 +1,139 @@
+"""A trained restoration model as a folder for the Hub: pipeline, its code, recipe, pictures and a card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import UNet2DModel
+from huggingface_hub import ModelCard
+
+from sfumato import storage
+from sfumato.loading import EMBEDDED
+from sfumato.releasing import hub
+from sfumato.releasing.base import HUB_ID, check_licence
+from sfumato.releasing.commands import file_name
+from sfumato.releasing.contents import check_files, copy_pipeline, is_same_release
+from sfumato.releasing.custom_code import ship_code
+from sfumato.restoration.card import SAMPLES_FILE, Published, make_card
+from sfumato.restoration.validation import CURVES_FILE, ROWS_FILE, picture_of
+
+__all__ = ["is_restorer", "release_restorer"]
+
+METHODS = ("resshift", "rddm")
+_NEEDED = {"settings": dict, "fingerprint": str, "title": str, "pipeline": str, "scale": int, "parameters": int}
+_PLACES = ("data", "data_dir", "held_out", "vae")
+"""Settings that may name a folder of whoever trained it."""
+
+
+def is_restorer(folder: str | Path) -> bool:
+    """Whether a folder is what a restoration job left, or is to be refused as such."""
+    manifest = Path(folder) / "manifest.json"
+    return manifest.is_file() and storage.read_json(manifest).get("method") in METHODS
+
+
+def release_restorer(
+    result: str | Path, output: str | Path, *, license: str | None, code: bool = True, push: str | None = None,
+    public: bool = False, api: Any = None,
+) -> Path:  # fmt: skip
+    """Make of a trained restoration model a folder for the Hub, with a card that shows what it does.
+
+    Args:
+        result: The output folder of ``training/resshift.py`` or ``training/rddm.py``.
+        output: The release, a new or empty folder; with `push` also one that this call has made before.
+        license: Of the weights.
+        code: Whether the pipeline's code goes with it, so that it loads where sfumato is not installed.
+        push: The Hub id to upload to.
+        public: Whether all may see the upload.
+        api: The `huggingface_hub.HfApi` to upload with; None makes one.
+
+    Returns:
+        The release.
+
+    Raises:
+        As `sfumato.release`.
+    """
+    folder, output = Path(result), Path(output)
+    manifest, index, seen = _read(folder)
+    if license is None:
+        raise ValueError("A model of your own has no base whose licence it inherits: state one with `license`.")
+    check_licence(license)
+    recipe, brought = _recipe(manifest)
+    name = push or output.resolve().name
+    published = Published(name, license, code, (folder / CURVES_FILE).is_file(), brought)
+    run = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:16]
+    told = {"result_fingerprint": manifest["fingerprint"], "run": run}
+    request = hashlib.sha256(json.dumps([run, list(published)]).encode()).hexdigest()
+    done = is_same_release(output, request if push is not None else None)
+    standing = None if push is None else hub.check_push(push, told, public=public, api=api)
+    if not done:
+        with storage.atomic_directory(output) as release:
+            copy_pipeline(folder, index, release)
+            if code:
+                ship_code(release)
+            storage.write_text(release / "recipe.yaml", recipe)
+            stated = {**manifest, "settings": _without_places(manifest["settings"]), **told, "release": request}
+            storage.write_text(release / "manifest.json", json.dumps(stated, indent=1))
+            if published.curves:
+                shutil.copyfile(folder / CURVES_FILE, release / CURVES_FILE)
+            shutil.copyfile(storage.inside(folder, picture_of(seen["rows"][-1])), release / SAMPLES_FILE)
+            storage.write_text(release / "README.md", make_card(manifest, seen, published))
+            ModelCard.load(release / "README.md")  # says what is wrong with it while nothing is in place
+    if push is not None and standing is not None:
+        hub.push(output, push, standing=standing, public=public, api=api)
+    return output
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Manifest, index and validation of a finished run, whose weights are its own."""
+    check_files(folder)
+    manifest = storage.read_json(folder / "manifest.json")
+    wrong = [name for name, kind in _NEEDED.items() if not isinstance(manifest.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{folder}/manifest.json is not one of a restoration job: {wrong[0]!r} is missing or wrong.")
+    index, seen = storage.read_json(folder / "model_index.json"), storage.read_json(folder / ROWS_FILE)
+    if not seen.get("rows") or "of" not in seen:
+        raise ValueError(f"{folder / ROWS_FILE} has no row: the card has nothing to show. Train the model again.")
+    if _fingerprint(folder, manifest) != manifest["fingerprint"]:
+        raise ValueError(f"The weights in {folder} were changed after the run that its manifest tells of.")
+    return manifest, index, seen
+
+
+def _fingerprint(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """Of the weights that were trained, as the job takes it."""
+    names = [name for name in ("unet", "noise_unet") if (folder / name).is_dir()]
+    dtype = getattr(torch, manifest["settings"]["job"]["save_dtype"])
+    found: dict[str, torch.Tensor] = {}
+    for name in names:
+        network = UNet2DModel.from_pretrained(folder / name, torch_dtype=dtype, use_safetensors=True)
+        prefix = f"{name}." if len(names) > 1 else ""
+        found |= {f"{prefix}{key}": value for key, value in network.named_parameters()}
+    return storage.fingerprint(found.items())
+
+
+def _recipe(manifest: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """The settings as a file for ``--config``, and those that name files of whoever trained it."""
+    parts = manifest["settings"].values()
+    flat = {name: value for part in parts if part is not None for name, value in part.items()}
+    brought = tuple(name for name in _PLACES if _is_place(flat.get(name)))
+    told = {name: file_name(value) if name in brought else value for name, value in flat.items()}
+    return yaml.safe_dump(told, sort_keys=False, allow_unicode=True), brought
+
+
+def _is_place(value: Any) -> bool:
+    """Whether a setting names a folder, and neither an embedded model nor the Hub's."""
+    return isinstance(value, str) and value not in ("atelier", *EMBEDDED) and not HUB_ID.fullmatch(value)
+
+
+def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        part: None if given is None
+        else {k: file_name(v) if k in _PLACES and _is_place(v) else v for k, v in given.items()}
+        for part, given in settings.items()
+    }  # fmt: skip
