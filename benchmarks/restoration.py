@@ -4,7 +4,8 @@ Renders of Fashion-MNIST are enlarged four times (or their holes filled) by bicu
 a network that was trained with L1, by ResShift in 15 and 4 steps and by RDDM in 5, the networks of the same size and
 trained as long on the same pairs. What the folder lacks is trained first, forty minutes each on a CPU core; a run that
 was killed goes on. Then all restore the same test pictures, none of which was trained on. Printed are means with 95 %
-intervals over the pictures, and how far the methods are apart picture by picture; ``restored-sr.png`` shows some.
+intervals over the pictures, how far the methods are apart picture by picture, and whether a search for the initial
+noise (`sfumato.find_boundary`, on other test pictures) pays; ``restored-sr.png`` shows some.
 """
 
 import json
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sfumato import storage
+from sfumato import find_boundary, storage
 from sfumato.arguments import make_parser
 from sfumato.evaluation.metrics import Estimate
 from sfumato.pipelines.pipeline_rddm import RDDMPipeline
@@ -35,6 +36,7 @@ from sfumato.training.atelier_restorers import STEPS, train_once, training_of
 
 SHOWN = 6
 START = {"sr": "bicubic", "inpaint": "with holes"}
+SEARCHED = ", searched noise"
 
 
 @dataclass
@@ -50,6 +52,8 @@ class CompareConfig:
         noise: Of the degraded pictures, in units of [0, 1].
         pictures: To restore.
         timed: Pictures restored one by one, for the time that one takes.
+        candidates: Initial noises to search, on `pairs` other pictures; 0 searches none.
+        pairs: Pictures for the search.
         seed: Of training; the next one chooses and degrades the pictures.
         data_dir: Folder with Fashion-MNIST's four files; None looks for Debian's package, then the Hub.
     """
@@ -62,6 +66,8 @@ class CompareConfig:
     noise: float = 0.0
     pictures: int = 500
     timed: int = 20
+    candidates: int = 32
+    pairs: int = 64
     seed: int = 0
     data_dir: str | None = None
 
@@ -114,13 +120,12 @@ def seconds_of_one(restoring: Callable[[int], Any], count: int) -> float:
     return (time.perf_counter() - began) / count
 
 
-def part(held_out: HeldOut, index: int) -> HeldOut:
-    """One of the pictures."""
+def part(held_out: HeldOut, first: int, count: int) -> HeldOut:
+    """Some of the pictures."""
     assert held_out.degraded is not None
-    one = slice(index, index + 1)
-    mask = held_out.degraded.mask
-    degraded = type(held_out.degraded)(held_out.degraded.picture[one], None if mask is None else mask[one])
-    return HeldOut(held_out.clean[one], degraded, held_out.seed)
+    some, mask = slice(first, first + count), held_out.degraded.mask
+    degraded = type(held_out.degraded)(held_out.degraded.picture[some], None if mask is None else mask[some])
+    return HeldOut(held_out.clean[some], degraded, held_out.seed)
 
 
 def worded(estimate: Estimate, digits: int) -> str:
@@ -129,14 +134,17 @@ def worded(estimate: Estimate, digits: int) -> str:
 
 
 class Restored(NamedTuple):
-    """What a method made of the pictures, and how long one took."""
+    """What a method made of the pictures, how long one took, and how well the ranks of initial noises agreed."""
 
     pictures: torch.Tensor
     seconds: float
+    rank_correlation: float | None = None
 
 
-def restore_all(config: CompareConfig, held_out: HeldOut, degradation: Degradation) -> dict[str, Restored]:
-    """Restore the pictures by what needs no training, then by every method."""
+def restore_all(
+    config: CompareConfig, held_out: HeldOut, searched: HeldOut, degradation: Degradation
+) -> dict[str, Restored]:
+    """Restore the pictures by what needs no training, then by every method, with drawn and with searched noise."""
     assert held_out.degraded is not None
     given = held_out.degraded.picture
 
@@ -149,10 +157,27 @@ def restore_all(config: CompareConfig, held_out: HeldOut, degradation: Degradati
         pipe, settings = trained(name, config, degradation), METHODS[name]().settings
 
         def one(index: int, pipe: Any = pipe, settings: Any = settings) -> torch.Tensor:
-            return restore(pipe, part(held_out, index), **settings)
+            return restore(pipe, part(held_out, index, 1), **settings)
 
         found[name] = Restored(restore(pipe, held_out, **settings), seconds_of_one(one, config.timed))
+        if config.candidates and name != "regression":
+            found[name + SEARCHED] = from_boundary(config, pipe, held_out, searched, found[name].seconds, settings)
     return found
+
+
+def from_boundary(
+    config: CompareConfig, pipe: Any, held_out: HeldOut, searched: HeldOut, seconds: float, settings: Mapping[str, Any]
+) -> Restored:
+    """Restore from the noise that a search on other pictures found best."""
+    assert searched.degraded is not None
+    given, masks = searched.degraded
+    columns = [given / 2 + 0.5, searched.clean, *([] if masks is None else [masks])]
+    boundary = find_boundary(
+        pipe, list(zip(*columns, strict=True)), candidates=config.candidates, progress=False, seed=config.seed,
+        batch_size=64, **settings,
+    )  # fmt: skip
+    noise = boundary.noise_for(pipe, settings.get("num_inference_steps"))
+    return Restored(restore(pipe, held_out, latents=noise, **settings), seconds, boundary.rank_correlation)
 
 
 def print_means(means: Mapping[str, Mapping[str, Estimate]], restored: Mapping[str, Restored]) -> None:
@@ -166,8 +191,9 @@ def print_means(means: Mapping[str, Mapping[str, Estimate]], restored: Mapping[s
 def print_differences(scores: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, Any]:
     """How far methods are apart on the same pictures: each from the first, and ResShift in 4 steps from others."""
     names = list(scores)
-    pairs = [(name, names[0]) for name in names[1:]]
+    pairs = [(name, names[0]) for name in names[1:] if not name.endswith(SEARCHED)]
     pairs += [("resshift-4", name) for name in ("regression", "resshift-15") if {"resshift-4", name} <= set(names)]
+    pairs += [(name, name.removesuffix(SEARCHED)) for name in names if name.endswith(SEARCHED)]
     print("\n| difference, picture by picture | PSNR (dB) | distance |\n|---|---|---|")
     apart = {}
     for a, b in pairs:
@@ -185,8 +211,9 @@ def main(config: CompareConfig) -> None:
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     degradation = Degradation(task=config.task, noise=config.noise)
-    held_out = hold_out(Renders(config.data_dir, "test"), degradation, config.pictures, config.seed + 1)
-    restored = restore_all(config, held_out, degradation)
+    test = hold_out(Renders(config.data_dir, "test"), degradation, config.pictures + config.pairs, config.seed + 1)
+    held_out, searched = part(test, 0, config.pictures), part(test, config.pictures, config.pairs)
+    restored = restore_all(config, held_out, searched, degradation)
     distance = find_distance("judge")
     scores = {name: score(found.pictures, held_out.clean, distance) for name, found in restored.items()}
     means = {name: summarise(values) for name, values in scores.items()}
@@ -194,10 +221,14 @@ def main(config: CompareConfig) -> None:
     print(f"{config.task}, {len(held_out)} pictures, {config.steps} steps of training, {threads} threads\n")
     print_means(means, restored)
     apart = print_differences(scores)
-    columns = [found.pictures[:SHOWN] for found in restored.values()]
+    for name, one in restored.items():
+        if one.rank_correlation is not None:
+            print(f"{name}: the candidates' ranks on two halves of {config.pairs} pairs: {one.rank_correlation:.2f}")
+    columns = [found.pictures[:SHOWN] for name, found in restored.items() if not name.endswith(SEARCHED)]
     grid_picture(*columns, held_out.clean[:SHOWN]).save(folder / f"restored-{config.task}.png")
     facts = {
         "config": asdict(config), "differences": apart, "seconds": {n: found.seconds for n, found in restored.items()},
+        "rank_correlations": {n: found.rank_correlation for n, found in restored.items() if n.endswith(SEARCHED)},
         "means": {name: {key: e.as_dict() for key, e in found.items()} for name, found in means.items()},
     }  # fmt: skip
     storage.write_text(folder / f"{config.task}.json", json.dumps(facts, indent=1))
