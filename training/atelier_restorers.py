@@ -23,7 +23,7 @@ from sfumato.trainer import TrainingConfig
 from sfumato.training import resshift
 
 EMBEDDED = {"atelier-sr": "sr", "atelier-inpaint": "inpaint"}
-"""Their names in `sfumato.load`, and what they restore."""
+"""Their names, and what they restore."""
 
 LICENCE = "apache-2.0"
 STEPS = 4000
@@ -83,16 +83,15 @@ def train_once(
 
 def pack(config: PackConfig) -> list[Path]:
     """Train what is missing, and pack all; gives the folders."""
-    packed = []
+    output = storage.check_output_dir(config.output)
+    runs = {name: Path(config.run) / f"{task}-resshift-4" for name, task in EMBEDDED.items()}
     for name, task in EMBEDDED.items():
-        folder = Path(config.run) / f"{task}-resshift-4"
         own = resshift.ResShiftConfig(num_train_timesteps=4)
         train_once(
-            lambda network, own=own: resshift.make(own, network), folder, Degradation(task=task),  # type: ignore[misc]
+            lambda network, own=own: resshift.make(own, network), runs[name], Degradation(task=task),  # type: ignore[misc]
             training_of(config.steps), config.data_dir,
         )  # fmt: skip
-        packed.append(release_restorer(folder, Path(config.output) / name, license=LICENCE, code=False))
-    return packed
+    return [release_restorer(run, output / name, license=LICENCE, code=False) for name, run in runs.items()]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

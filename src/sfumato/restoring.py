@@ -35,7 +35,7 @@ class RestoringConfig:
     Attributes:
         images: Files of pictures, and folders of such.
         output: A new or empty folder.
-        model: An embedded model, or a folder that ``save_pretrained`` of a restoration pipeline wrote.
+        model: A folder that ``save_pretrained`` of a restoration pipeline wrote.
         task: What is expected of the model: ``"sr"``, ``"inpaint"``, ``"denoise"`` or ``"deblur"``; None takes what
             it does. (The folder of a training run tells that; of others, denoising and deblurring are not told apart.)
         scale: Size of the result over that of the picture that is expected of the model; None takes the model's.

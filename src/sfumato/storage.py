@@ -384,8 +384,9 @@ def _lock(path: Path, wait: bool) -> IO[str] | None:
         except BlockingIOError:
             file.close()
             return None
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
         file.close()  # locked, but the one before has removed it
 
 

@@ -189,7 +189,8 @@ def benchmark(config: BenchmarkConfig, *, command: str | None = None) -> dict[st
 
     Raises:
         ValueError: If a method, concept, attack or setting is unknown or does not fit the model.
-        FileExistsError: If the folder holds something else, or a benchmark and `resume` is false.
+        FileExistsError: If the folder holds something else, a benchmark and `resume` is false, or a run that a killed
+            benchmark has left is still writing into a cell.
         OSError: If weights can't be had, or the disk is full.
         ImportError: If a package is not installed.
     """

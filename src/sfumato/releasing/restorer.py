@@ -28,7 +28,7 @@ __all__ = ["is_restorer", "release_restorer"]
 
 METHODS = ("resshift", "rddm")
 _NEEDED = {"settings": dict, "fingerprint": str, "title": str, "pipeline": str, "scale": int, "parameters": int}
-_PLACES = ("data", "data_dir", "held_out", "vae")
+_PLACES = ("data", "data_dir", "held_out", "vae", "distance")
 """Settings that may name a folder of whoever trained it."""
 
 
@@ -121,19 +121,28 @@ def _recipe(manifest: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     """The settings as a file for ``--config``, and those that name files of whoever trained it."""
     parts = manifest["settings"].values()
     flat = {name: value for part in parts if part is not None for name, value in part.items()}
-    brought = tuple(name for name in _PLACES if _is_place(flat.get(name)))
+    brought = tuple(name for name in _PLACES if _is_place(name, flat.get(name)))
     told = {name: file_name(value) if name in brought else value for name, value in flat.items()}
     return yaml.safe_dump(told, sort_keys=False, allow_unicode=True), brought
 
 
-def _is_place(value: Any) -> bool:
-    """Whether a setting names a folder, and neither an embedded model nor the Hub's."""
-    return isinstance(value, str) and value not in ("atelier", *EMBEDDED) and not HUB_ID.fullmatch(value)
+def _is_place(name: str, value: Any) -> bool:
+    """Whether a setting names a folder or file of whoever trained it, and neither an embedded model nor the Hub's."""
+    if not isinstance(value, str) or value in ("atelier", *EMBEDDED):
+        return False
+    if name == "distance":
+        return ":" in value and value.partition(":")[0] != "lpips"
+    return (
+        name in ("data_dir", "held_out")
+        or value.startswith(".")
+        or not HUB_ID.fullmatch(value)
+        or Path(value).is_dir()
+    )
 
 
 def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         part: None if given is None
-        else {k: file_name(v) if k in _PLACES and _is_place(v) else v for k, v in given.items()}
+        else {k: file_name(v) if k in _PLACES and _is_place(k, v) else v for k, v in given.items()}
         for part, given in settings.items()
     }  # fmt: skip

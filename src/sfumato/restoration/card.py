@@ -18,7 +18,7 @@ SAMPLES_FILE = "samples.png"
 """Where a release has its pictures."""
 
 _LIMITS = (
-    "For pictures of the kind it was trained on, degraded as above: what else is wrong with a picture it leaves, or "
+    " For pictures of the kind it was trained on, degraded as above: what else is wrong with a picture it leaves, or "
     "takes for something to restore. It draws what is likely, not what was there, so that faces, texts and numbers "
     "that it restores are no evidence of what a picture showed."
 )
@@ -67,7 +67,7 @@ def make_card(manifest: Mapping[str, Any], validation: Mapping[str, Any], publis
         *_usage(manifest["pipeline"], None if degradation is None else degradation["task"], published),
         *_table(validation), *_picture(rows, degradation is None, published is not None), "## Degradation", "",
         "None: the model generates." if degradation is None else f"```json\n{json.dumps(degradation, indent=1)}\n```",
-        "", *([] if published is None else _repeating(manifest["method"], published)),
+        "", *([] if published is None else _repeating(manifest["method"], degradation is None, published)),
         "All settings, the seed, versions and fingerprints are in `manifest.json`.", "",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -156,12 +156,12 @@ def _picture(rows: list[Mapping[str, Any]], generated: bool, released: bool) -> 
     return [f"![{order}]({file})", "", f"From left to right: {order}.", ""]
 
 
-def _repeating(method: str, published: Published) -> list[str]:
+def _repeating(method: str, generated: bool, published: Published) -> list[str]:
     """Licence, limits, and how to train it once more."""
     brought = f" Bring your own for {', '.join(published.brought)}." if published.brought else ""
     command = f"accelerate launch -m sfumato.training.{method} --config recipe.yaml --output again"
     return [
-        "## Use and limits", "", f"Licence: {published.licence}. {_LIMITS}", "", "## Training", "",
+        "## Use and limits", "", f"Licence: {published.licence}.{'' if generated else _LIMITS}", "", "## Training", "",
         f"To repeat it in this folder:{brought}", "", "```bash", command, "```", "",
         *([f"![scores over the steps]({CURVES_FILE})", ""] if published.curves else []),
     ]  # fmt: skip
