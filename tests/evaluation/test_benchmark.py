@@ -208,15 +208,18 @@ def test_two_at_once_share_the_cells(tmp_path):
         assert sum(text.count(work) for text in said) == 1
 
 
-def test_what_another_benchmark_is_at_is_waited_for(finished, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("part", ["", "model"], ids=["another benchmark", "the training of a killed one"])
+def test_what_another_run_is_at_is_waited_for(part, finished, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(finished[2], tmp_path / "out")
     (theirs,) = folder.glob("cells/uce-sneaker-*")
+    if part:
+        shutil.rmtree(theirs / part)
     with contextlib.ExitStack() as other:
-        assert other.enter_context(storage.locked(theirs))
+        assert other.enter_context(storage.locked(theirs / part))
         monkeypatch.setattr(time, "sleep", lambda seconds: other.close())
         _, found = run(folder, *TWO, "--resume")
-    assert found["methods"] == finished[1]["methods"] and len(found["cells"]) == 2
-    assert "another benchmark is at the last 1 of 2" in capsys.readouterr().err
+    assert len(found["cells"]) == 2 and (part or found["methods"] == finished[1]["methods"])
+    assert "another run is at the last 1 of 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -189,8 +190,7 @@ def benchmark(config: BenchmarkConfig, *, command: str | None = None) -> dict[st
 
     Raises:
         ValueError: If a method, concept, attack or setting is unknown or does not fit the model.
-        FileExistsError: If the folder holds something else, a benchmark and `resume` is false, or a run that a killed
-            benchmark has left is still writing into a cell.
+        FileExistsError: If the folder holds something else, or a benchmark and `resume` is false.
         OSError: If weights can't be had, or the disk is full.
         ImportError: If a package is not installed.
     """
@@ -216,19 +216,22 @@ def benchmark(config: BenchmarkConfig, *, command: str | None = None) -> dict[st
 
 
 def _run_all(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Run the cells, those that another benchmark is at when it has finished or died; gives their rows, in order."""
+    """Run the cells, those that another benchmark is at, or the training of a killed one, when it has ended.
+
+    Gives their rows, in order.
+    """
     rows: dict[int, dict[str, Any]] = {}
     said = False
     while len(rows) < len(cells):
         done = len(rows)
         for number, cell in enumerate(cells, 1):
             if number not in rows:
-                with storage.locked(cell.folder) as free:
+                with suppress(BlockingIOError), storage.locked(cell.folder) as free:
                     if free:
                         rows[number] = _run(cell, f"{number}/{len(cells)}")
         if len(rows) == done:
             if not said:
-                _say(f"another benchmark is at the last {len(cells) - done} of {len(cells)}: waiting for it")
+                _say(f"another run is at the last {len(cells) - done} of {len(cells)}: waiting for it")
             said = True
             time.sleep(PATIENCE)
     return [rows[number] for number in sorted(rows)]

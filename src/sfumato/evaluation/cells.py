@@ -162,7 +162,7 @@ def run_cell(cell: Cell, say: Callable[[str], None]) -> dict[str, Any]:
         All that is known of it, as JSON can hold it: ``failed`` maps a stage to what went wrong in it.
 
     Raises:
-        FileExistsError: If another process is writing into the cell.
+        BlockingIOError: If a training that a killed benchmark has left is still at it.
         OSError: If the disk is full, or the like: that is no failure of the method.
     """
     row = _row(cell, say)
@@ -255,6 +255,9 @@ def _unlearn(cell: Cell, say: Callable[[str], None]) -> dict[str, Any]:
     """Run the job, in a process of its own; gives what it cost."""
     folder = cell.folder / "model"
     if not (folder / "manifest.json").exists() or (folder / "result").exists():
+        with storage.locked(folder) as free:
+            if not free:  # left by a benchmark that was killed
+                raise BlockingIOError(f"A training is still writing into {folder}.")
         say("unlearns")
         _run([*cell.command, *(["--resume"] if folder.exists() else [])])
     manifest = storage.read_json(folder / "manifest.json")
@@ -278,8 +281,6 @@ def _run(arguments: list[str]) -> None:
             raise
     lines = [line for line in said.splitlines() if line.strip()]
     last = lines[-1].removeprefix("error: ").strip() if lines else "it said nothing"
-    if process.returncode and "Another run is writing" in last:  # left by a benchmark that was killed
-        raise FileExistsError(f"{last} Wait for it to end, then go on with --resume.")
     if process.returncode < 0:
         raise RuntimeError(f"The process was ended by {signal.Signals(-process.returncode).name}; is memory short?")
     if process.returncode:
