@@ -111,7 +111,7 @@ def stock_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 # what tells a config of ours, since one that was never saved does not hold its class's name
 _OURS = (
     "gamma", "mixing_coeff", "num_iterations", "window", "original_inference_steps", "exact", "eta", "released",
-    "alpha_schedule",
+    "alpha_schedule", "boost",
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ _HOMES = {
     "FixedPointScheduler": "sfumato.schedulers.scheduling_fixed_point",
     "InfEditPipeline": "sfumato.pipelines.pipeline_infedit",
     "Judge": "sfumato.evaluation.judge",
+    "MinorityGuidanceScheduler": "sfumato.schedulers.scheduling_minority_guidance",
     "RDDMPipeline": "sfumato.pipelines.pipeline_rddm",
     "RDDMScheduler": "sfumato.schedulers.scheduling_rddm",
     "ResShiftPipeline": "sfumato.pipelines.pipeline_resshift",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from sfumato.schedulers.scheduling_edict import EDICTScheduler as EDICTScheduler
     from sfumato.schedulers.scheduling_edit_friendly_ddpm import EditFriendlyDDPMScheduler as EditFriendlyDDPMScheduler
     from sfumato.schedulers.scheduling_fixed_point import FixedPointScheduler as FixedPointScheduler
+    from sfumato.schedulers.scheduling_minority_guidance import MinorityGuidanceScheduler as MinorityGuidanceScheduler
     from sfumato.schedulers.scheduling_rddm import RDDMScheduler as RDDMScheduler
     from sfumato.schedulers.scheduling_resshift import ResShiftScheduler as ResShiftScheduler
     from sfumato.schedulers.scheduling_time_shift import TimeShiftScheduler as TimeShiftScheduler

@@ -33,6 +33,7 @@ from sfumato.schedulers.scheduling_ddcm import DDCMScheduler
 from sfumato.schedulers.scheduling_edict import EDICTScheduler
 from sfumato.schedulers.scheduling_edit_friendly_ddpm import EditFriendlyDDPMScheduler
 from sfumato.schedulers.scheduling_fixed_point import FixedPointScheduler
+from sfumato.schedulers.scheduling_minority_guidance import MinorityGuidanceScheduler
 from sfumato.schedulers.scheduling_rddm import RDDMScheduler
 from sfumato.schedulers.scheduling_time_shift import TimeShiftScheduler
 
@@ -63,6 +64,10 @@ CASES = {
     "EditFriendlyDDPM": Case(EditFriendlyDDPMScheduler, {"eta": 0.0}, ("vp",), False, ddim={}),
     "EditFriendlyDDPM, eta 1": Case(EditFriendlyDDPMScheduler, {"eta": 1.0}, ("vp",), False),
     "DDCM": Case(DDCMScheduler, {"original_inference_steps": None}, ("vp",), False, alone=False),
+    "MinorityGuidance": Case(MinorityGuidanceScheduler, {"guidance_scale": 0.0}, ("vp",), False),
+    "MinorityGuidance, DDIM": Case(
+        MinorityGuidanceScheduler, {"guidance_scale": 0.0, "sampler": "ddim"}, ("vp",), False, ddim={}
+    ),
     "RDDM": Case(RDDMScheduler, DDPM, ("vp",), False, times_asked=False, ddim={}),
     "TimeShift": Case(TimeShiftScheduler, {"window": 60}, ("vp",), False, False, ddim={"window": 0}),
     "TimeShift, pnm": Case(TimeShiftScheduler, {"mode": "pnm", "window": 60}, ("vp",), False, ddim={"window": 0}),
@@ -90,6 +95,7 @@ def same_noise(monkeypatch):
         return noise(*shape[1:], seed=2, dtype=dtype).to(device).expand(shape)
 
     monkeypatch.setattr("sfumato.schedulers.scheduling_edit_friendly_ddpm.randn_tensor", draw)
+    monkeypatch.setattr("sfumato.schedulers.carried_state.randn_tensor", draw)
 
 
 def make(name, process="vp", **config):
