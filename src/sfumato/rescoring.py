@@ -55,23 +55,25 @@ def main(
         changes |= {} if top is None else {"top": top or None}
         return replace(rule, **changes)
 
+    by = {"labels": labels, "threshold": threshold, "top": top}
     evaluated = Path(folders[0]) / evaluate.RESULT_FILE
     if len(folders) == 1 and evaluated.is_file():
         before = storage.read_json(evaluated)
         found = evaluate.rescore(folders[0], moved(before.get("detector", {}).get("rule")))
-        _write(output, {**before, **found.as_dict(), **_origin(before, before["detector"]["rule"])})
+        _write(output, {**before, **found.as_dict(), **_origin([before], before["detector"]["rule"], by)})
         return job.summary(found)
     counted = [results.read_audit(folder) for folder in folders]
     counted = [results.rescore(one, moved(one.rule)) for one in counted]
     together = results.union(counted) if len(counted) > 1 else counted[0]
-    before = storage.read_json(Path(folders[0]) / results.RESULT_FILE)
-    _write(output, {**before, **together.as_dict(), **_origin(before, before["rule"])})
+    stored = [storage.read_json(Path(folder) / results.RESULT_FILE) for folder in folders]
+    _write(output, {**stored[0], **together.as_dict(), **_origin(stored, stored[0]["rule"], by)})
     return results.summary(together)
 
 
-def _origin(before: Mapping[str, Any], rule: Any) -> dict[str, Any]:
-    """What a result that was counted again says of itself: the command line of the first count would not repeat it."""
-    return {"command": None, "rescored": {"rule": rule, "command": before.get("command")}}
+def _origin(stored: Sequence[Mapping[str, Any]], rule: Any, by: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result that was counted again says of itself: the command lines of the first counts, and what changed."""
+    commands = [one.get("command") for one in stored]
+    return {"command": None, "rescored": {"rule": rule, "commands": commands, "by": dict(by)}}
 
 
 def _write(output: str | None, found: Mapping[str, Any]) -> None:

@@ -157,6 +157,36 @@ def test_nothing_in_a_release_names_a_path_of_this_machine(run, edit_manifest, t
     assert "retain\\_images | pictures" in (folder / "README.md").read_text()
 
 
+def test_what_was_counted_again_is_repeated_by_the_card_and_names_no_path_either(run, tmp_path, findings):
+    """Two attacks counted together by another threshold, and an evaluation with other labels."""
+    evaluation, (attack,) = findings["evaluation"], findings["attacks"]
+    for file, count, by in (
+        (evaluation, 1, {"labels": ["sneaker", "ankle boot"], "threshold": None, "top": 0}),
+        (attack, 2, {"labels": None, "threshold": 0.25, "top": None}),
+    ):
+        stored = json.loads(file.read_text())
+        origin = {"rule": {"wanted": [["sneaker"]]}, "commands": [stored["command"]] * count, "by": by}
+        file.write_text(json.dumps({**stored, "command": None, "rescored": origin}))
+    folder = sfumato.release(run.folder, tmp_path / "release", base=run.original, **findings)
+    assert not [path for path in folder.rglob("*") if path.is_file() and b"/home/someone" in path.read_bytes()]
+    lines = "\n".join(blocks(folder, "bash")).splitlines()
+    assert "sfumato rescore audit --labels sneaker 'ankle boot' --top 0 --output audit-counted.json" in lines
+    (counting,) = [line for line in lines if "--threshold" in line]
+    words = shlex.split(counting)
+    assert words[:2] == ["sfumato", "rescore"] and words[4:6] == ["--threshold", "0.25"]
+    assert [line.rsplit(" ", 1)[1] for line in lines if line.startswith("sfumato attack")] == words[2:4]
+    assert "calls from Python" not in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("by", [None, {"labels": "; rm -rf"}, {"threshold": "1; ls"}, {"command": "ls"}], ids=str)
+def test_a_damaged_count_is_said_to_come_from_calls(by, run, tmp_path, findings):
+    stored = json.loads(findings["evaluation"].read_text())
+    origin = {"rule": {}, "commands": [stored["command"]], "by": by}
+    findings["evaluation"].write_text(json.dumps({**stored, "command": None, "rescored": origin}))
+    card = (sfumato.release(run.folder, tmp_path / "release", base=run.original, **findings) / "README.md").read_text()
+    assert "sfumato rescore" not in card and "calls from Python" in card
+
+
 def test_the_commands_of_the_card_repeat_the_run(run, tmp_path, monkeypatch):
     options = {"anchor": "boot", "retain": ["a coat", "a bag, photo"], "preserve_scale": 0.7, "save": ["delta"]}
     sfumato.unlearn(run.base, "sneaker", "uce", output_dir=tmp_path / "out", verify=False, **options)

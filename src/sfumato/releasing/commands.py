@@ -21,7 +21,10 @@ from sfumato.evaluation.evaluate import EvaluationConfig
 from sfumato.evaluation.job import EvaluationJob
 from sfumato.releasing.base import HUB_ID, Base
 
-__all__ = ["MACHINE", "AuditCommand", "audit_command", "file_name", "recipe_of", "unlearn_command", "without_folders"]
+__all__ = [
+    "MACHINE", "AuditCommand", "audit_command", "file_name", "recipe_of", "rescore_command", "unlearn_command",
+    "without_folders",
+]  # fmt: skip
 
 MACHINE = ("cache", "device", "resume")
 """Options that are a matter of the machine, or of how a run went."""
@@ -103,6 +106,27 @@ def audit_command(stated: Any, *, model: str, original: str | None, output: str)
     named = {"model": model, "forget": kept.pop("forget"), **({} if original is None else {"original": original})}
     words = [_option(name, value) for name, value in {**named, **kept, "output": output}.items()]
     return AuditCommand(" ".join([*program, *words]), brought)
+
+
+def rescore_command(by: Any, folders: Sequence[str], output: str) -> str | None:
+    """Give the command that counts audits again.
+
+    Args:
+        by: The rule's changes, as a result that was counted again states them: labels, threshold and top.
+        folders: Of the audits.
+        output: The file to write.
+
+    Returns:
+        The command; None if what was stated are no such changes.
+    """
+    kinds = {"labels": list, "threshold": int | float, "top": int}
+    if not isinstance(by, Mapping) or set(by) - set(kinds):
+        return None
+    given = {name: value for name, value in by.items() if value is not None}
+    if not all(isinstance(value, kinds[name]) for name, value in given.items()):
+        return None
+    options = [_option(name, value) for name, value in {**given, "output": output}.items()]
+    return " ".join(["sfumato rescore", *map(_quoted, folders), *options])
 
 
 def _parsed(stated: Any) -> tuple[list[str], dict[str, Any]]:

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult
 
 from sfumato import storage
 from sfumato.attacks.methods import ATTACKS
-from sfumato.releasing.commands import MACHINE, audit_command, without_folders
+from sfumato.releasing.commands import MACHINE, AuditCommand, audit_command, rescore_command, without_folders
 
 __all__ = [
     "Figure",
@@ -179,13 +179,34 @@ def published(found: Mapping[str, Any], file: str, *, model: str, original: str,
     names = {"result": release, "original": original}
     named = original if "scores" not in found or "original" in found["scores"] else None
     output = "audit" if file == "evaluation.json" else file.removesuffix(".json")
-    command = audit_command(found.get("command"), model=model, original=named, output=output)
-    copy = _without_folders({name: value for name, value in found.items() if name != "command"})
+    origin = found.get("rescored")
+    kept = {name: value for name, value in found.items() if name not in ("command", "rescored")}
+    if isinstance(origin, Mapping):
+        command = _recounted(origin, model, named, output)
+        kept["rescored"] = {name: origin[name] for name in ("rule", "by") if name in origin}
+    else:
+        command = audit_command(found.get("command"), model=model, original=named, output=output)
+    copy = _without_folders(kept)
     if "models" in copy:
         facts = {which: told for which, told in copy["models"].items() if which in names and isinstance(told, dict)}
         copy["models"] = {which: {**told, "name": names[which]} for which, told in facts.items()}
     line, brought = (None, ()) if command is None else command
     return Finding(file, {**copy, "command": line}, brought)
+
+
+def _recounted(origin: Mapping[str, Any], model: str, original: str | None, output: str) -> AuditCommand | None:
+    """The commands that repeat audits and count them again; None if one of them was made by a call."""
+    stated = origin.get("commands")
+    stated = stated if isinstance(stated, list) else []
+    folders = [output if len(stated) == 1 else f"{output}-{number}" for number in range(1, len(stated) + 1)]
+    pairs = zip(stated, folders, strict=True)
+    again = [audit_command(one, model=model, original=original, output=folder) for one, folder in pairs]
+    counting = rescore_command(origin.get("by"), folders, f"{output}-counted.json")
+    audits = [one for one in again if one is not None]
+    if not audits or len(audits) < len(again) or counting is None:
+        return None
+    brought = dict.fromkeys(name for one in audits for name in one.brought)
+    return AuditCommand("\n".join([*(one.line for one in audits), counting]), tuple(brought))
 
 
 def _without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
