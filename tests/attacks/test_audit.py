@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sfumato
-from sfumato.attacks import audit, job
+from sfumato.attacks import audit, job, ring_a_bell
 from sfumato.attacks.attack import Round
 from sfumato.attacks.methods import ATTACKS
 from sfumato.attacks.results import rescore
@@ -189,6 +189,18 @@ def test_a_second_audit_in_a_folder_is_told_that_one_is_running(atelier, unlearn
     assert told[0].startswith("Another run is writing into")
 
 
+def test_a_function_may_be_the_detector(atelier, unlearned, scripted):
+    for detector in (lambda pictures: [True] * len(pictures), "tests_of_nothing:look"):
+        scripted()
+        call = {"prompts": PROMPTS[:1], "detector": detector, **QUICK}
+        if isinstance(detector, str):
+            with pytest.raises(ImportError, match="can't be imported"):
+                sfumato.attack(unlearned, atelier, "sneaker", "p4d", **call)
+        else:
+            found = sfumato.attack(unlearned, atelier, "sneaker", "p4d", **call)
+            assert found.pre_asr.successes == 1 and found.rule["threshold"] == 0.5
+
+
 def test_likeness_is_measured_by_something_before_any_picture(atelier, unlearned):
     eye = Eye()
     with pytest.raises(ValueError, match="name a CLIP, or use select='any'"):
@@ -270,6 +282,52 @@ def test_half_written_batch_is_attacked_again(atelier, unlearned, scripted, tmp_
     assert found.asr.total == 2
 
 
+LONG = {
+    "unlearndiffatk": {"tokens": 3, "times": 4, "iterations": 2},
+    "p4d": {"n": 4, "steps": 8, "evaluate_every": 2},
+    "p4d, any": {"n": 4, "steps": 8, "evaluate_every": 2, "select": "any"},
+    "ring_a_bell": {"tokens": 4, "population": 8, "generations": 8},
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_killed_attack_goes_on_within_its_batch(atelier, unlearned, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(ring_a_bell, "KEEP_EVERY", 2)
+    calls, limit = [], []
+    encode = StableDiffusion.encode_embeddings
+
+    class Killed(Exception):
+        pass
+
+    def counted(*arguments):
+        calls.append(1)
+        if limit and len(calls) > limit[0]:
+            raise Killed
+        return encode(*arguments)
+
+    def run(folder, **more):
+        calls.clear()
+        shows = {3: 0, 2: 1}  # the first prompt without an attack, the last in the first round, the other never
+        eye = FunctionDetector(lambda some: [float(number == shows.get(len(some))) for number, _ in enumerate(some)])
+        call = {"prompts": PROMPTS, **LONG[name], **{**QUICK, "audit_batch_size": 3}}
+        found = sfumato.attack(
+            unlearned, atelier, "sneaker", name.split(",")[0], detector=(eye, RULE), features=lambda x: x.flatten(1),
+            output_dir=tmp_path / folder, **call, **more,
+        )  # fmt: skip
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in found.rows], len(calls)
+
+    monkeypatch.setattr(StableDiffusion, "encode_embeddings", counted)
+    expected, needed = run("whole")
+    limit.append(needed - 3)
+    with pytest.raises(Killed):
+        run("killed")
+    assert [file.suffix for file in (tmp_path / "killed" / "batches").iterdir()] == [".safetensors"]
+    limit.clear()
+    found, again = run("killed", resume=True)
+    assert found == expected and again < needed - 3
+    assert sorted(file.name for file in (tmp_path / "killed").iterdir()) == ["attack.json", "prompts.jsonl"]
+
+
 @pytest.mark.parametrize("method", ["unlearndiffatk", "concept_inversion"])
 def test_prompts_results_do_not_depend_on_the_processes(launch, tmp_path, method):
     for processes, name in ((1, "one"), (2, "two")):
@@ -293,6 +351,8 @@ def test_bad_input_is_one_sentence_before_any_work(atelier, unlearned, tmp_path)
         ({"prompts": ["nude sneaker", "a child"]}, "Prompt 2 names minors"),
         ({"count": 0}, "`count` must be at least 1"),
         ({"prompts": []}, "`prompts` is empty"),
+        ({"prompts": "a sneaker"}, "`prompts` is one text: give a list"),
+        ({"prompts": ["a sneaker", 7]}, "must be a text that is not empty, got 7"),
         ({"prompts": ["a red sneaker"], "count": 1}, "`count` is of the concept's own prompts"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -27,6 +27,51 @@ def test_what_is_no_list_is_named(tmp_path):
         read_prompts(tmp_path / "none.txt")
 
 
+def test_lines_end_at_line_ends_alone(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt\n"a red\ncar"\n')
+    assert read_prompts(tmp_path / "a.csv") == [AuditPrompt("a red\ncar")]
+    for name, content in (("b.txt", "one\u2028prompt\r\nanother\n"), ("c.jsonl", '{"prompt": "one\u2028prompt"}\n')):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert read_prompts(tmp_path / name)[0] == AuditPrompt("one\u2028prompt")
+    assert len(read_prompts(tmp_path / "b.txt")) == 2
+
+
+def test_large_seeds_are_not_rounded(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,seed\nx,9007199254740993\ny,5.0\n")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "x", "seed": 9007199254740993}\n{"prompt": "y", "seed": 5.0}\n')
+    for name in ("a.csv", "b.jsonl"):
+        assert [one.seed for one in read_prompts(tmp_path / name)] == [9007199254740993, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": null}\n', "Row 2 of .* has no 'prompt'"),
+        ("a.jsonl", "null\n", "Row 1 of .* has no 'prompt'"),
+        ("a.jsonl", '"x"\n', "Row 1 of .* has no 'prompt'"),
+        ("a.jsonl", '{"prompt": ["x"]}\n', "Row 1 of .* has no 'prompt'"),
+        ("a.jsonl", '{"prompt": "x"}\n\n{"prompt"\n', "Line 3 of .*a.jsonl is not valid JSON"),
+        ("a.jsonl", '{"prompt": "x", "guidance": [7.5]}\n', "Row 1 of"),
+        ("a.jsonl", '{"prompt": "x", "guidance": NaN}\n', "Row 1 of .*guidance scale must be at least 1, got nan"),
+        ("a.jsonl", '{"prompt": "x", "seed": Infinity}\n', "Row 1 of .*seed"),
+        ("a.jsonl", '{"prompt": "x", "seed": 1.5}\n', "Row 1 of .*whole number, got 1.5"),
+        ("a.jsonl", '{"prompt": "x", "seed": 1e30}\n', "Row 1 of .*`seed` must be a whole number from 0"),
+        ("a.csv", "seed,prompt\n5\n", "Row 1 of .* has no 'prompt'"),
+    ],
+    ids=lambda value: ascii(value)[:40] if "{" in value else None,
+)
+def test_a_row_that_is_no_prompt_is_named(name, content, said, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=said):
+        read_prompts(tmp_path / name)
+
+
+def test_a_list_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt can't be read as txt in UTF-8"):
+        read_prompts(tmp_path / "a.txt")
+
+
 def test_pairs_come_as_csv_and_json_lines(tmp_path):
     (tmp_path / "a.csv").write_text('with,without\n"a, b",a\nc,\n')
     assert read_pairs(tmp_path / "a.csv") == [("a, b", "a"), ("c", "")]

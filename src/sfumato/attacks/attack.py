@@ -16,11 +16,17 @@ from typing import Any
 
 import torch
 
+from sfumato import storage
 from sfumato.attacks.slots import Slots
 from sfumato.concepts import Concept
 from sfumato.families import Conditioning, StableDiffusion
 
-__all__ = ["Answer", "Attack", "Batch", "Round", "Setting", "finite_gradient", "refuse_nan"]
+__all__ = [
+    "Answer", "Attack", "Batch", "Memory", "Round", "Setting", "finite_gradient", "moments_of", "refuse_nan",
+    "restore_moments",
+]  # fmt: skip
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,51 @@ class Setting:
         return self.shared[name]
 
 
+class Memory:
+    """What an attack of a batch keeps on the way, so that one that is killed goes on from there.
+
+    Args:
+        file: Where; None keeps nothing.
+        key: What it depends on, as JSON can hold it.
+        beside: Gives what the audit keeps with it.
+    """
+
+    def __init__(
+        self, file: Path | None = None, key: Mapping[str, Any] | None = None,
+        beside: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:  # fmt: skip
+        self._file, self._key, self._beside = file, dict(key or {}), beside
+
+    def keep(self, tensors: Mapping[str, torch.Tensor], **facts: Any) -> None:
+        """Replace what was kept.
+
+        Args:
+            tensors: Name to tensor.
+            **facts: What JSON can hold.
+        """
+        if self._file is not None:
+            more = {"key": self._key, "facts": facts, "beside": dict(self._beside())}
+            storage.save_tensors(self._file, dict(tensors), more)
+
+    def kept(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """Give the tensors and facts that were kept last; None if there are none, or the file is damaged."""
+        tensors = storage.load_tensors_of(self._file, self._key)
+        return None if tensors is None else (tensors, self._stored("facts"))
+
+    def kept_beside(self) -> dict[str, Any] | None:
+        """Give what the audit kept with them; None as above."""
+        return None if storage.load_tensors_of(self._file, self._key) is None else self._stored("beside")
+
+    def _stored(self, name: str) -> dict[str, Any]:
+        assert self._file is not None
+        return dict(storage.read_metadata(self._file)[name])
+
+    def forget(self) -> None:
+        """Remove what was kept."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Prompts that are attacked side by side.
@@ -67,12 +118,14 @@ class Batch:
         numbers: Their numbers among all prompts; they seed.
         prompts: ``B`` prompts.
         targets: The original model's pictures of them, ``(B, 3, H, W)`` in [0, 1].
+        memory: Where a long attack keeps its state between rounds, and finds that of a run that was killed.
     """
 
     setting: Setting
     numbers: tuple[int, ...]
     prompts: tuple[str, ...]
     targets: torch.Tensor
+    memory: Memory = field(default_factory=Memory)
 
     @cached_property
     def tokens(self) -> torch.Tensor:
@@ -143,6 +196,20 @@ def refuse_nan(values: torch.Tensor) -> None:
             "The attack meets NaN or infinite values: a model's weights are broken, or too large for its dtype; load "
             "it with dtype float32. What was finished is kept."
         )
+
+
+def moments_of(adam: torch.optim.Optimizer, of: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Give what an optimiser of Adam's kind knows of a tensor, but for the number of steps."""
+    return {name: adam.state[of][name] for name in MOMENTS}
+
+
+def restore_moments(
+    adam: torch.optim.Optimizer, of: torch.Tensor, stored: Mapping[str, torch.Tensor], steps: int
+) -> None:
+    """Put it back, as after so many steps."""
+    adam.state[of] = {
+        "step": torch.tensor(float(steps)), **{name: stored[name].to(of) for name in MOMENTS}
+    }  # fmt: skip
 
 
 def finite_gradient(losses: torch.Tensor, of: torch.Tensor) -> torch.Tensor:

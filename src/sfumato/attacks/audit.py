@@ -14,7 +14,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,13 +25,21 @@ from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 
 from sfumato import storage
-from sfumato.attacks.attack import Answer, Batch, Round, Setting
+from sfumato.attacks.attack import Answer, Batch, Memory, Round, Setting
 from sfumato.attacks.concept_inversion import WORD_FILE
 from sfumato.attacks.methods import attack_named
 from sfumato.attacks.prompts import AuditPrompt, read_pairs, refuse_minors, warn_of_cuts
 from sfumato.attacks.results import RESULT_FILE, ROWS_FILE, Audit, shares_of
 from sfumato.concepts import Concept, resolve, vocabulary_of
-from sfumato.evaluation.detectors import ClipDetector, Detector, Finding, Rule, detector_for
+from sfumato.evaluation.detectors import (
+    ClipDetector,
+    Detector,
+    Finding,
+    Rule,
+    detector_for,
+    find_detector,
+    function_detector,
+)
 from sfumato.evaluation.features import find_features
 from sfumato.evaluation.fingerprints import scheduler_facts
 from sfumato.evaluation.pictures import model_fingerprint
@@ -95,7 +103,7 @@ def attack(
     method: str = "unlearndiffatk",
     *,
     prompts: Sequence[str | AuditPrompt] | None = None,
-    detector: tuple[Detector, Rule] | None = None,
+    detector: tuple[Detector, Rule] | str | Callable[[torch.Tensor], Any] | None = None,
     features: Any = None,
     output_dir: str | Path | None = None,
     resume: bool = False,
@@ -114,7 +122,9 @@ def attack(
         forget: What was forgotten.
         method: One of `sfumato.attacks.methods.ATTACKS`.
         prompts: What to attack; by default the concept's own prompts, as many as `count` says.
-        detector: What looks at the pictures, and when that counts; by default the model's judge, or CLIP.
+        detector: What looks at the pictures, and when that counts; or its name, see
+            `sfumato.evaluation.detectors.find_detector`; or a function, see `FunctionDetector` there. By default the
+            model's judge, or CLIP.
         features: Embeds pictures ``(N, 3, H, W)`` as ``(N, F)``, for attacks that choose by likeness, or the name of
             what does, see `sfumato.evaluation.features`; by default the detector's own, if it is a judge or CLIP.
         output_dir: Where attack.json and prompts.jsonl go, and what a run that is cut short has finished.
@@ -142,7 +152,7 @@ def attack(
         )
     concept, audit = resolve(original, forget), audit.completed(vocabulary=vocabulary_of(original) is not None)
     asked = _asked(prompts, concept, audit)
-    eye, rule = detector if detector is not None else detector_for(original, concept.phrases)
+    eye, rule = _eye(detector, original, concept)
     pairs = read_pairs(config.pairs) if getattr(config, "pairs", None) is not None else []
     texts = [*(one.text for one in asked), *(text for pair in pairs for text in pair)]
     refuse_minors(texts, [*concept.phrases, str(eye.facts.get("detector"))])
@@ -199,12 +209,26 @@ def _configs(kind: type[Any], settings: Mapping[str, Any]) -> tuple[Any, AuditCo
 
 def _asked(prompts: Sequence[str | AuditPrompt] | None, concept: Concept, audit: AuditConfig) -> list[AuditPrompt]:
     """The prompts to attack: the user's, or the concept's own."""
+    if isinstance(prompts, str | bytes):
+        raise ValueError("`prompts` is one text: give a list of prompts.")
     if prompts is not None and not prompts:
         raise ValueError("`prompts` is empty: name at least one, or leave it out for the concept's own.")
     if prompts is not None and audit.count is not None:
         raise ValueError("`count` is of the concept's own prompts: of a list of yours all are attacked; leave it out.")
     given = _spread(concept.prompts, audit) if prompts is None else prompts
-    return [AuditPrompt(one) if isinstance(one, str) else one for one in given]
+    return [one if isinstance(one, AuditPrompt) else AuditPrompt(one) for one in given]
+
+
+def _eye(detector: Any, original: DiffusionPipeline, concept: Concept) -> tuple[Detector, Rule]:
+    """What looks at the pictures, and when that counts."""
+    if detector is None:
+        return detector_for(original, concept.phrases)
+    if isinstance(detector, str):
+        return find_detector(detector, concept.phrases, device=original.device)
+    if callable(detector):
+        return function_detector(detector, concept.phrases)
+    eye, rule = detector
+    return eye, rule
 
 
 def _spread(prompts: Sequence[str], audit: AuditConfig) -> list[str]:
@@ -273,6 +297,7 @@ class _Runner:
     folder: Path | None
     attack: Any
     seconds: float = field(default=0.0)
+    _track: Any = field(init=False, default=None)
 
     def run(self, label: str, group: Any) -> list[dict[str, Any]]:
         """Attack all prompts; gives their rows, on every process."""
@@ -281,7 +306,8 @@ class _Runner:
             rank, processes = group.process_index, group.num_processes
         starts = range(0, len(self.prompts), size)
         done: dict[int, list[dict[str, Any]]] = {}
-        for start in Track(starts[rank::processes], label, shown=rank == 0):
+        self._track = Track(starts[rank::processes], label, shown=rank == 0)
+        for start in self._track:
             numbers = tuple(range(start, min(start + size, len(self.prompts))))
             done[start] = self._stored(start) or self._attacked(numbers)
         if group is not None:
@@ -302,8 +328,36 @@ class _Runner:
 
     @torch.no_grad()
     def _attacked(self, numbers: tuple[int, ...]) -> list[dict[str, Any]]:
-        began, texts = time.perf_counter(), tuple(self.prompts[k].text for k in numbers)
+        began, texts, file = time.perf_counter(), tuple(self.prompts[k].text for k in numbers), self._file(numbers[0])
+        rows: list[dict[str, Any]] = []
+        left: list[int] = []
+        earlier = 0.0
+
+        def beside() -> dict[str, Any]:
+            return {"rows": rows, "left": left, "seconds": earlier + time.perf_counter() - began}
+
+        memory = Memory(file and file.with_suffix(".safetensors"), {"numbers": list(numbers)}, beside)
         targets = self._draw(self.setting.source, numbers, Round(tuple(range(len(numbers))), texts))
+        stored = memory.kept_beside()
+        if stored is None:
+            rows += self._unattacked(numbers, texts, targets)
+            left += [k for k, row in enumerate(rows) if not row["before"]]
+        else:  # the run that kept it was killed
+            rows, left, earlier = stored["rows"], stored["left"], stored["seconds"]
+        if left:
+            own = tuple(numbers[k] for k in left), tuple(texts[k] for k in left), targets[left]
+            self._converse(Batch(self.setting, *own, memory), [rows[k] for k in left])
+        for row in rows:
+            row["seconds"] = (earlier + time.perf_counter() - began) / len(rows)
+        if file is not None:
+            storage.write_text(file, json.dumps({"rows": rows}))
+            memory.forget()
+        return rows
+
+    def _unattacked(
+        self, numbers: tuple[int, ...], texts: tuple[str, ...], targets: torch.Tensor
+    ) -> list[dict[str, Any]]:
+        """The rows of prompts as they are."""
         plain = self._draw(self.setting.victim, numbers, Round(tuple(range(len(numbers))), texts))
         there, before = self.eye(targets), self.eye(plain)
         rows: list[dict[str, Any]] = [
@@ -314,26 +368,10 @@ class _Runner:
             }
             for k, number in enumerate(numbers)
         ]  # fmt: skip
-        pictures = dict(enumerate(plain))
-        left = [k for k, row in enumerate(rows) if not row["before"]]
-        if left:
-            batch = Batch(
-                self.setting, tuple(numbers[k] for k in left), tuple(texts[k] for k in left), targets[left]
-            )  # fmt: skip
-            self._converse(batch, [rows[k] for k in left], left, pictures)
-        for k, row in enumerate(rows):
-            row["seconds"] = (time.perf_counter() - began) / len(rows)
-            if self.audit.keep_pictures and row["after"] and self.folder is not None:
-                _save_picture(self.folder / "pictures" / f"{row['number']:06d}.png", pictures[k])
-        file = self._file(numbers[0])
-        if file is not None:
-            file.parent.mkdir(exist_ok=True)
-            storage.write_text(file, json.dumps({"rows": rows}))
+        self._keep_pictures(rows, plain)
         return rows
 
-    def _converse(
-        self, batch: Batch, rows: Sequence[dict[str, Any]], places: Sequence[int], pictures: dict[int, torch.Tensor]
-    ) -> None:
+    def _converse(self, batch: Batch, rows: Sequence[dict[str, Any]]) -> None:
         """Let the attack make its rounds, and note in the rows what comes of them."""
         talk = self.attack(batch)
         try:
@@ -349,10 +387,18 @@ class _Runner:
                         rows[k]["candidates"].append(
                             {"prompt": spelled, "iterations": asked.iterations, "findings": _plain(found[place])}
                         )
-                        pictures[places[k]] = drawn[place]
+                    self._keep_pictures([rows[k] for k in asked.rows], drawn)
+                succeeded = sum(row["after"] for row in rows)
+                self._track.say(iterations=str(asked.iterations), succeeded=f"{succeeded}/{len(rows)}")
                 asked = talk.send(Answer(shown, drawn))
         except StopIteration:
             return
+
+    def _keep_pictures(self, rows: Sequence[Mapping[str, Any]], pictures: torch.Tensor) -> None:
+        """Save those that show the concept, if that is asked for."""
+        for row, picture in zip(rows, pictures, strict=True):
+            if self.audit.keep_pictures and row["after"] and self.folder is not None:
+                _save_picture(self.folder / "pictures" / f"{row['number']:06d}.png", picture)
 
     def _draw(self, family: StableDiffusion, numbers: Sequence[int], asked: Round) -> torch.Tensor:
         """Draw candidates, each from its prompt's own noise: 8-bit pictures ``(b, 3, H, W)`` in [0, 1]."""

@@ -28,7 +28,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from sfumato import storage
-from sfumato.attacks.attack import Answer, Batch, Round, Setting, finite_gradient
+from sfumato.attacks.attack import Answer, Batch, Round, Setting, finite_gradient, moments_of, restore_moments
 from sfumato.attacks.slots import Slots
 from sfumato.progress import Track
 from sfumato.randomness import generator_for, permuted_indices, randint_for, randn_for
@@ -38,7 +38,7 @@ from sfumato.trainer import process_group
 __all__ = ["WORD_FILE", "ConceptInversionConfig", "attack", "prepare", "slots_of"]
 
 PICTURE_STREAM, NOISE_STREAM, LEVEL_STREAM = 741, 742, 743  # keys that keep the random streams apart
-WORD_FILE, MOMENTS = "word.safetensors", ("exp_avg", "exp_avg_sq")
+WORD_FILE = "word.safetensors"
 KEEP_EVERY = 250
 """Steps after which the word is stored on the way."""
 
@@ -129,8 +129,7 @@ def learn_word(setting: Setting, config: ConceptInversionConfig) -> torch.Tensor
             word.grad = finite_gradient(loss, word)
         adam.step()
         if file is not None and ((step + 1) % KEEP_EVERY == 0 or step + 1 == config.steps):
-            moments = {name: adam.state[word][name] for name in MOMENTS}
-            storage.save_tensors(file, {"word": word, **moments}, {"key": key, "step": step + 1})
+            storage.save_tensors(file, {"word": word, **moments_of(adam, word)}, {"key": key, "step": step + 1})
     return word.detach()
 
 
@@ -149,7 +148,7 @@ def _restored(file: Path | None, key: Mapping[str, Any], word: torch.Tensor, ada
         return 0
     word.data.copy_(stored["word"])
     step = int(storage.read_metadata(file)["step"])
-    adam.state[word] = {"step": torch.tensor(float(step)), **{name: stored[name].to(word) for name in MOMENTS}}
+    restore_moments(adam, word, stored, step)
     return step
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sfumato.attacks.attack import Answer, Batch, Round, finite_gradient
+from sfumato.attacks.attack import Answer, Batch, Round, finite_gradient, moments_of, restore_moments
 from sfumato.attacks.slots import Slots, text_of
 from sfumato.randomness import randint_for, randn_for
 from sfumato.settings import check_ranges, check_types
@@ -75,7 +75,14 @@ def attack(batch: Batch, config: P4DConfig) -> Generator[Round, Answer, None]:
     soft = start.clone().requires_grad_()  # (B, slots, width)
     adam = torch.optim.AdamW([soft], lr=config.learning_rate, weight_decay=config.weight_decay)
     best: dict[int, tuple[float, str]] = {}
-    for step in range(config.steps):
+    taken = 0
+    if (kept := batch.memory.kept()) is not None:
+        stored, facts = kept
+        rows, taken = tuple(facts["rows"]), facts["taken"]
+        best = {row: (likeness, text) for row, likeness, text in facts["best"]}
+        soft.data.copy_(stored["soft"])
+        restore_moments(adam, soft, stored, taken)
+    for step in range(taken, config.steps):
         near = _nearest(soft, table)
         soft.grad = torch.zeros_like(soft)
         soft.grad[list(rows)] = _gradient(batch, slots, table[near], rows, step)
@@ -92,6 +99,8 @@ def attack(batch: Batch, config: P4DConfig) -> Generator[Round, Answer, None]:
             alike = F.cosine_similarity(features(answer.pictures), features(batch.targets[list(rows)])).tolist()
             for row, text, likeness in zip(rows, spelled, alike, strict=True):
                 best[row] = max(best.get(row, (-2.0, "")), (likeness, text))
+        listed = [(row, *found) for row, found in best.items()]
+        batch.memory.keep({"soft": soft, **moments_of(adam, soft)}, rows=rows, taken=step + 1, best=listed)
     if best:
         yield Round(rows, tuple(best[row][1] for row in rows), iterations=config.steps)
 

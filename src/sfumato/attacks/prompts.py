@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
+import math
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.families import StableDiffusion
+from sfumato.settings import check_seed
 
 __all__ = ["AuditPrompt", "read_pairs", "read_prompts", "refuse_minors", "warn_of_cuts"]
 
@@ -58,6 +62,16 @@ class AuditPrompt:
     seed: int | None = None
     guidance_scale: float | None = None
 
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if not isinstance(self.text, str) or not self.text.strip():
+            raise ValueError(f"A prompt must be a text that is not empty, got {self.text!r}")
+        if self.seed is not None:
+            check_seed(self.seed)
+        scale = self.guidance_scale
+        if scale is not None and not 1 <= scale < math.inf:
+            raise ValueError(f"A guidance scale must be at least 1, got {scale}")
+
 
 def read_prompts(path: str | Path) -> list[AuditPrompt]:
     """Read a list of prompts.
@@ -76,13 +90,14 @@ def read_prompts(path: str | Path) -> list[AuditPrompt]:
     """
     found = []
     for number, row in enumerate(_rows(Path(path)), 1):
-        if "prompt" not in row:
-            raise ValueError(f"Row {number} of {path} has no 'prompt'; it has {', '.join(map(str, row))}.")
-        if str(row["prompt"]).strip():
+        if not isinstance(row, Mapping) or not isinstance(row.get("prompt"), str):
+            has = f"; it has {', '.join(map(str, row))}" if isinstance(row, Mapping) and "prompt" not in row else ""
+            raise ValueError(f"Row {number} of {path} has no 'prompt'{has}.")
+        if row["prompt"].strip():
             try:
-                found.append(AuditPrompt(str(row["prompt"]).strip(), *_numbers(row)))
-            except ValueError as error:
-                raise ValueError(f"Row {number} of {path}: {error}.") from error
+                found.append(AuditPrompt(row["prompt"].strip(), *_numbers(row)))
+            except (ValueError, TypeError, OverflowError) as error:
+                raise ValueError(f"Row {number} of {path}: {str(error).rstrip('.')}.") from error
     if not found:
         raise ValueError(f"{path} holds no prompt.")
     return found
@@ -118,20 +133,40 @@ def _rows(path: Path) -> list[Any]:
     """The rows of a file of prompts."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of prompts at {path}.")
-    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix not in (".txt", ".csv", ".jsonl"):
+        raise ValueError(f"Prompts come as .txt, .csv or .jsonl, not as {path.name}.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".csv":
+            return list(csv.DictReader(io.StringIO(text, newline="")))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path} can't be read as {path.suffix[1:]} in UTF-8: {error}.") from error
+    lines = text.split("\n")  # and at nothing else that Unicode takes for the end of a line
     if path.suffix == ".txt":
-        return [{"prompt": line} for line in text.splitlines()]
-    if path.suffix == ".csv":
-        return list(csv.DictReader(text.splitlines()))
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    raise ValueError(f"Prompts come as .txt, .csv or .jsonl, not as {path.name}.")
+        return [{"prompt": line} for line in lines]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"Line {number} of {path} is not valid JSON: {error}.") from error
+    return rows
 
 
 def _numbers(row: Mapping[str, Any]) -> tuple[int | None, float | None]:
     seed = next((row[name] for name in _SEEDS if row.get(name) not in (None, "")), None)
     guidance = next((row[name] for name in _GUIDANCE if row.get(name) not in (None, "")), None)
-    return None if seed is None else int(float(seed)), None if guidance is None else float(guidance)
+    return None if seed is None else _whole(seed), None if guidance is None else float(guidance)
+
+
+def _whole(value: Any) -> int:
+    """A whole number, which tables may hold as 5.0, and never rounded."""
+    try:
+        return int(value) if isinstance(value, str) else operator.index(value)
+    except (ValueError, TypeError):
+        if not float(value).is_integer():
+            raise ValueError(f"a seed must be a whole number, got {value!r}") from None
+        return int(float(value))
 
 
 def refuse_minors(prompts: Sequence[str], about: Sequence[str]) -> None:

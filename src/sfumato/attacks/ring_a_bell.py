@@ -35,6 +35,8 @@ from sfumato.settings import check_ranges, check_types
 __all__ = ["RingABellConfig", "attack"]
 
 SEARCH_STREAM = 731
+KEEP_EVERY = 100
+"""Generations after which the population is stored on the way."""
 
 
 @dataclass
@@ -82,7 +84,15 @@ def attack(batch: Batch, config: RingABellConfig) -> Generator[Round, Answer, No
     allowed = np.array(source.ordinary_tokens)
     random = [rng_for(*key) for key in batch.keys(rows, SEARCH_STREAM)]
     people = np.stack([allowed[one.integers(len(allowed), size=(config.population, config.tokens))] for one in random])
-    for _ in range(config.generations):
+    done = 0
+    if (kept := batch.memory.kept()) is not None:
+        people, done = kept[0]["people"].numpy(), kept[1]["done"]
+        for one, state in zip(random, kept[1]["random"], strict=True):
+            one.bit_generator.state = state
+    for generation in range(done, config.generations):
+        if generation > done and generation % KEEP_EVERY == 0:
+            states = [one.bit_generator.state for one in random]
+            batch.memory.keep({"people": torch.from_numpy(people)}, done=generation, random=states)
         costs = _costs(source, slot, empty, people, wanted, config.encoder_batch_size)  # (B, population)
         people = np.stack([_next(people[k], costs[k], allowed, random[k], config) for k in rows])
     costs = _costs(source, slot, empty, people, wanted, config.encoder_batch_size)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sfumato.attacks.attack import Answer, Batch, Round, finite_gradient
+from sfumato.attacks.attack import Answer, Batch, Round, finite_gradient, moments_of, restore_moments
 from sfumato.attacks.simplex import drawn_tokens, project_to_simplex
 from sfumato.attacks.slots import PLACES, Slots, text_of
 from sfumato.randomness import generator_for, randn_for
@@ -70,7 +70,12 @@ def attack(batch: Batch, config: UnlearnDiffAtkConfig) -> Generator[Round, Answe
     weights = torch.full((len(batch.prompts), config.tokens, len(table)), 1 / len(table), device=table.device)
     adam = torch.optim.Adam([weights], lr=config.learning_rate, weight_decay=config.weight_decay)
     rows, taken = tuple(range(len(batch.prompts))), 0
-    for time in attacked_times(victim.num_train_timesteps, config.times):
+    if (kept := batch.memory.kept()) is not None:
+        stored, facts = kept
+        rows, taken = tuple(facts["rows"]), facts["taken"]
+        weights.copy_(stored["weights"])
+        restore_moments(adam, weights, stored, taken)
+    for time in attacked_times(victim.num_train_timesteps, config.times)[taken // config.iterations :]:
         for _ in range(config.iterations):
             weights.grad = torch.zeros_like(weights)  # of prompts that are done it stays so
             weights.grad[list(rows)] = _gradient(batch, slots, weights, rows, time, taken)
@@ -82,6 +87,7 @@ def attack(batch: Batch, config: UnlearnDiffAtkConfig) -> Generator[Round, Answe
         rows = tuple(row for row, shown in zip(rows, answer.shown, strict=True) if not shown)
         if not rows:
             return
+        batch.memory.keep({"weights": weights, **moments_of(adam, weights)}, rows=rows, taken=taken)
 
 
 def attacked_times(levels: int, count: int) -> list[int]:

@@ -78,7 +78,7 @@ class Bench:
 
     def recipe_of(self, method: str, phrases: list[str]) -> recipes.Recipe:
         """Find the recipe of a cell; raises as `sfumato.recipes.find_recipe` does."""
-        return recipes.find_recipe(method, self.pipe, phrases, self.recipe and self.recipe.format(method))
+        return recipes.find_recipe(method, self.pipe, phrases, self.recipe and self.recipe.replace("{}", method))
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Cell:
         return [
             "unlearn", self.method, "--forget", *self.phrases, "--model", bench.model, "--dtype",
             bench.evaluation.dtype, "--output", str(self.folder / "model"), "--save", bench.save, "--no_verify",
-            *(["--recipe", bench.recipe.format(self.method)] if bench.recipe else []),
+            *(["--recipe", bench.recipe.replace("{}", self.method)] if bench.recipe else []),
             *(["--seed", str(self.seed)] if trains else []),
             *(["--steps", str(bench.steps)] if trains and bench.steps else []),
         ]  # fmt: skip

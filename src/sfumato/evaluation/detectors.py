@@ -35,6 +35,7 @@ __all__ = [
     "Rule",
     "detector_for",
     "find_detector",
+    "function_detector",
     "judge_of",
 ]
 
@@ -68,6 +69,15 @@ class Finding:
     score: float
     group: str | None = None
     box: tuple[float, float, float, float] | None = None
+
+    def __post_init__(self) -> None:
+        """Make plain numbers of what detectors give, and check them."""
+        object.__setattr__(self, "score", float(self.score))
+        if not 0 <= self.score <= 1:
+            raise ValueError(f"A detector gave {self.label!r} a score of {self.score}; scores lie in [0, 1].")
+        if self.box is not None:
+            left, top, right, bottom = (float(end) for end in self.box)
+            object.__setattr__(self, "box", (left, top, right, bottom))
 
     def as_dict(self) -> dict[str, Any]:
         """Give plain values for JSON."""
@@ -324,10 +334,7 @@ class FunctionDetector:
     def _findings(self, answer: Any) -> list[Finding]:
         if isinstance(answer, Sequence) and all(isinstance(one, Finding) for one in answer):
             return list(answer)
-        score = float(answer)
-        if not 0 <= score <= 1:
-            raise ValueError(f"The detector {self.facts['detector']} gave a score of {score}; scores lie in [0, 1].")
-        return [Finding(self.label, score)]
+        return [Finding(self.label, answer)]
 
 
 def judge_of(vocabulary: Vocabulary) -> Judge | None:
@@ -382,7 +389,8 @@ def find_detector(
         The detector, and the rule that tells the concepts.
 
     Raises:
-        ValueError: If there is no such detector, only a pickle of it, or a phrase or label is none of its classes.
+        ValueError: If there is no such detector, only a pickle of it, a phrase or label is none of its classes, or a
+            function can't look at pictures.
         ImportError: If it is not installed.
         OSError: If its weights can't be had.
     """
@@ -409,9 +417,34 @@ def find_detector(
         raise ValueError(
             f"There is no detector {name!r}: clip, clip:MODEL, classifier:MODEL, nudenet, or MODULE:FUNCTION."
         )
-    return FunctionDetector(function_named(name, "detector"), name), Rule(
-        (("concept",), *wanted), 0.5 if threshold is None else threshold, top
-    )
+    eye, rule = function_detector(
+        function_named(name, "detector"), phrases, name=name, threshold=threshold, top=top
+    )  # fmt: skip
+    try:
+        eye(torch.full((1, 3, 64, 64), 0.5))
+    except Exception as error:  # of the user's function
+        raise ValueError(
+            f"The detector {name} can't look at a grey picture ({type(error).__name__}: {error}); it is given "
+            "pictures (N, 3, H, W) in [0, 1], and gives for each a yes or no, a score in [0, 1], or a list of Finding."
+        ) from error
+    return eye, rule
+
+
+def function_detector(
+    function: Callable[[torch.Tensor], Iterable[Any]], phrases: Sequence[str], *, name: str | None = None,
+    threshold: float | None = None, top: int | None = None,
+) -> tuple[Detector, Rule]:  # fmt: skip
+    """Make a detector, and its rule, of a function of the user's own.
+
+    Args:
+        function: See `FunctionDetector`.
+        phrases: What to look for: labels that count beside a plain yes or score.
+        name: What results call it; None takes the function's own.
+        threshold: Least score; None is 0.5.
+        top: Highest rank; None takes any.
+    """
+    wanted = (("concept",), *((phrase,) for phrase in phrases))
+    return FunctionDetector(function, name), Rule(wanted, 0.5 if threshold is None else threshold, top)
 
 
 def _nude_labels(named: str, phrases: Sequence[str]) -> tuple[str, ...]:

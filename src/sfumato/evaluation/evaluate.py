@@ -98,8 +98,11 @@ class EvaluationConfig:
 
     def completed(self, *, vocabulary: bool) -> EvaluationConfig:
         """Fill in the defaults that depend on the model, and what `quick` means; ValueError if one does not fit it."""
-        if vocabulary and self.neighbours:
-            raise ValueError("`neighbours` are for other models: with a vocabulary every other word is one.")
+        for name in ("neighbours", "retain"):
+            if vocabulary and getattr(self, name):
+                raise ValueError(f"`{name}` is for other models: with a vocabulary every other word is looked at.")
+        if self.real is not None and self.features == "none":
+            raise ValueError("`real` is what distances are measured to, and `features` is none: drop one of them.")
         usual = {"retain_repeats": 1, "num_inference_steps": 20, "guidance_scale": 3.0, "batch_size": 32}
         large = {"retain_repeats": 5, "num_inference_steps": 50, "guidance_scale": 7.5, "batch_size": 4}
         given = {name: getattr(self, name) for name in usual}
@@ -212,7 +215,11 @@ def rescore(folder: str | Path, rule: Rule) -> Evaluation:
     path = Path(folder) / RESULT_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {RESULT_FILE}: name the output folder of a finished evaluation.")
-    before = Evaluation(**storage.read_json(path))
+    stored = storage.read_json(path)
+    try:
+        before = Evaluation(**{name: stored[name] for name in Evaluation.__dataclass_fields__})
+    except KeyError as error:
+        raise ValueError(f"{path} is damaged: it has no {error}; evaluate again.") from error
     scores = _scores(read_sightings(folder), rule, before.concept["groups"])
     return replace(before, scores=scores, detector={**before.detector, "rule": rule.as_dict()})
 

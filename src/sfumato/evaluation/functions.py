@@ -29,5 +29,5 @@ def function_named(name: str, role: str) -> Any:
     importlib.invalidate_caches()
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:  # a ValueError is of an empty name
-        raise ImportError(f"The {role} {name} can't be imported: {error}.") from error
+    except Exception as error:  # whatever a module of the user's raises as it is run
+        raise ImportError(f"The {role} {name} can't be imported: {type(error).__name__}: {error}.") from error

@@ -225,7 +225,7 @@ def _read(file: Path) -> torch.Tensor | None:
         with Image.open(file) as image:
             said = image.info.get(CHECKSUM)
             picture = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError):  # what PIL says of files that are absent, cut short or overwritten
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # absent, cut short or overwritten
         return None
     return picture if said == _checksum(file, picture) else None
 
