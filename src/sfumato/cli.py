@@ -126,7 +126,7 @@ def _add_restoring(commands: Any) -> None:
     summary = "restore pictures: enlarge, fill holes, take off noise or blur"
     command = commands.add_parser("restore", help=summary, description=summary)
     command.add_argument("images", nargs="+", metavar="IMAGE", help="files of pictures, and folders of such")
-    command.add_argument("--model", required=True, help="folder of a restoration pipeline")
+    command.add_argument("--model", required=True, help="atelier-sr, atelier-inpaint, or a folder")
     command.add_argument("--output", required=True, help="a new or empty folder for the restored pictures")
     command.add_argument("--task", default=None, help="sr, inpaint, denoise or deblur: refuses a model for another")
     command.add_argument("--scale", type=int, default=None, help="how much larger; the model's")

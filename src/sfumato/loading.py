@@ -19,9 +19,12 @@ from diffusers import DiffusionPipeline, ModelMixin
 import sfumato
 from sfumato import delta, storage
 
-__all__ = ["EMBEDDED", "PICKLES", "assets_folder", "check_part", "check_safe", "load", "load_result", "manifest_of"]
+__all__ = [
+    "EMBEDDED", "PICKLES", "assets_folder", "check_part", "check_safe", "folder_of", "load", "load_result",
+    "manifest_of",
+]  # fmt: skip
 
-EMBEDDED = ("atelier", "atelier-pixel")
+EMBEDDED = ("atelier", "atelier-pixel", "atelier-sr", "atelier-inpaint")
 PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
 """How the names of files end that can run code when they are read."""
 
@@ -46,13 +49,23 @@ def assets_folder() -> Path:
     return Path(__file__).parent / "assets"
 
 
+def folder_of(name: str) -> Path:
+    """Give the folder of a model that is on this machine, if it is: an embedded one's, or what the name is a path of.
+
+    Args:
+        name: An embedded model's name, or a path; it need not exist.
+    """
+    return assets_folder() / name if name in EMBEDDED else Path(name)
+
+
 def load(pretrained_model_name_or_path: str | Path = "atelier", **kwargs: Any) -> DiffusionPipeline:
     """Load a pipeline: an embedded model by name, a local folder, or a Hub id.
 
     Args:
         pretrained_model_name_or_path: ``"atelier"`` (text to picture, 32x32), ``"atelier-pixel"`` (class-conditional
-            pixel DDPM, 16x16), a folder written by ``save_pretrained`` of diffusers' pipelines or ours, or an id on
-            the Hugging Face Hub.
+            pixel DDPM, 16x16), ``"atelier-sr"`` and ``"atelier-inpaint"`` (ResShift in four steps, from 8x8 to 32x32
+            and for holes in 32x32), a folder written by ``save_pretrained`` of diffusers' pipelines or ours, or an id
+            on the Hugging Face Hub.
         **kwargs: Passed on to ``DiffusionPipeline.from_pretrained``; ``dtype`` is float32 unless given, and
             ``use_safetensors`` is True always.
 
@@ -68,7 +81,7 @@ def load(pretrained_model_name_or_path: str | Path = "atelier", **kwargs: Any) -
     name = str(pretrained_model_name_or_path)
     if not name.strip():
         raise ValueError("The model's name is empty: give 'atelier', a local folder or a Hub id.")
-    folder = assets_folder() / name if name in EMBEDDED else Path(name)
+    folder = folder_of(name)
     kwargs = {"dtype": torch.float32, **kwargs, "use_safetensors": True}
     if name in EMBEDDED or folder.is_dir():
         return _load_folder(folder, kwargs)

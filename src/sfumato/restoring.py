@@ -19,7 +19,7 @@ import sfumato
 from sfumato import storage
 from sfumato.boundary import Boundary
 from sfumato.evaluation.report import picture_grid
-from sfumato.loading import EMBEDDED
+from sfumato.loading import folder_of
 from sfumato.pipelines.restoration import RestorationPipeline, degraded_start
 from sfumato.pipelines.restoration_pictures import Picture, read_masks, read_pictures
 from sfumato.progress import Track
@@ -35,7 +35,8 @@ class RestoringConfig:
     Attributes:
         images: Files of pictures, and folders of such.
         output: A new or empty folder.
-        model: A folder that ``save_pretrained`` of a restoration pipeline wrote.
+        model: ``"atelier-sr"``, ``"atelier-inpaint"``, or a folder that ``save_pretrained`` of a restoration pipeline
+            wrote.
         task: What is expected of the model: ``"sr"``, ``"inpaint"``, ``"denoise"`` or ``"deblur"``; None takes what
             it does. (The folder of a training run tells that; of others, denoising and deblurring are not told apart.)
         scale: Size of the result over that of the picture that is expected of the model; None takes the model's.
@@ -182,7 +183,7 @@ def _read(path: Path) -> Image.Image:
 
 def _load(config: RestoringConfig) -> Any:
     """Load the model, and see that it does what is expected."""
-    if config.model not in EMBEDDED and not Path(config.model).is_dir():
+    if not folder_of(config.model).is_dir():
         raise FileNotFoundError(
             f"There is no model folder {config.model}. One on the Hub is fetched first: hf download REPO --local-dir"
             " FOLDER."
@@ -209,7 +210,7 @@ def _load(config: RestoringConfig) -> Any:
 def _able(model: str, scale: int, masked: bool) -> tuple[str, ...]:
     """Tasks that a model may be for: the one that it was trained for, if its manifest says that."""
     able = ("inpaint",) if masked else ("sr",) if scale > 1 else ("denoise", "deblur")
-    manifest = Path(model, "manifest.json")
+    manifest = folder_of(model) / "manifest.json"
     facts: Any = storage.read_json(manifest) if manifest.is_file() else {}
     for name in ("settings", "degradation", "task"):
         facts = facts.get(name) if isinstance(facts, dict) else None

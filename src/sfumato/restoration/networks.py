@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -11,7 +10,7 @@ from diffusers import AutoencoderKL, UNet2DModel, VQModel
 from torch import nn
 
 from sfumato import storage
-from sfumato.loading import EMBEDDED, assets_folder, check_part
+from sfumato.loading import check_part, folder_of
 from sfumato.pipelines.restoration import condition_channels
 from sfumato.settings import check_ranges, check_types
 
@@ -174,7 +173,7 @@ def load_autoencoder(name: str) -> Autoencoder:
         ValueError: If there is none, only a pickle of it, or weights of it are missing or damaged.
         OSError: If it can't be had.
     """
-    place = assets_folder() / name if name in EMBEDDED else Path(name)
+    place = folder_of(name)
     if place.is_dir():
         folder = place / "vae" if (place / "vae").is_dir() else place
         if not (folder / "config.json").is_file():
