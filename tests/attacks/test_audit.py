@@ -346,7 +346,7 @@ def test_bad_input_is_one_sentence_before_any_work(atelier, unlearned, tmp_path)
     for options, message in (
         ({"method": "shouting"}, "There is no attack 'shouting'; choose from unlearndiffatk, p4d"),
         ({"colour": 1}, "There is no setting 'colour'; there are audit_batch_size, count"),
-        ({"tokens": 40}, "Prompt 3 has 46 tokens with those of the attack"),
+        ({"tokens": 40}, "Prompt 3 has 46 tokens with those of the attack .as others too: 1, 2, 3, 4"),
         ({"prompts": ["a red sneaker"] + ["a photo of a sneaker " * 12]}, "Prompt 2 has .* shorten the prompt"),
         ({"prompts": ["nude sneaker", "a child"]}, "Prompt 2 names minors"),
         ({"count": 0}, "`count` must be at least 1"),

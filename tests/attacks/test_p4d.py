@@ -86,8 +86,10 @@ def test_gradient_is_taken_at_the_vocabulary_and_applied_to_the_embedding(batch_
     assert spelled == victim.pipe.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def test_tokens_within_a_prompt_need_a_prompt_long_enough(atelier):
-    family = family_of(atelier)
-    slots_of(*family.tokenize(PROMPTS), P4DConfig(variant="k", k=2))
-    with pytest.raises(ValueError, match="a token behind every 4, and a prompt has fewer"):
-        slots_of(*family.tokenize(PROMPTS), P4DConfig(variant="k", k=4))
+def test_a_prompt_of_fewer_tokens_gets_one_behind_it(atelier):
+    tokens, counts = family_of(atelier).tokenize(["a sneaker", "a photo of a red sneaker"])
+    assert counts.tolist() == [2, 6]
+    slots = slots_of(tokens, counts, P4DConfig(variant="k", k=3))
+    length = tokens.shape[1]
+    assert slots.origin[0, :4].tolist() == [0, 1, 2, length] and slots.sizes == (3, 8)
+    assert slots.origin[1, :9].tolist() == [0, 1, 2, 3, length, 4, 5, 6, length + 1]

@@ -13,11 +13,12 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
 
 import sfumato
 from sfumato import cli, storage
 from sfumato.evaluation.benchmark import BenchmarkConfig, benchmark
-from sfumato.evaluation.cells import Bench, Cell
+from sfumato.evaluation.cells import Bench, Cell, placed_on
 from sfumato.evaluation.evaluate import EvaluationConfig
 from sfumato.evaluation.leaderboard import pareto_front, render_leaderboard
 from sfumato.evaluation.metrics import wilson
@@ -57,6 +58,9 @@ def test_tables_tell_what_was_forgotten_and_what_stayed(finished):
     assert "| uce |" in printed and "| original |" in printed and "\nstyle\n" in printed
     line = next(line for line in printed.splitlines() if line.startswith("| uce |"))
     assert f"{100 * after['ua']['value']:.1f} [{100 * after['ua']['low']:.1f}, " in line
+    heads = [line for line in printed.splitlines() if line.startswith("|  |")]
+    assert heads[0].count("pre-ASR") == 1 and "ASR embeddings" in heads[0]
+    assert {"KID", "precision", "coverage", "authentic"} <= {name.strip() for name in heads[1].split("|")}
 
 
 def test_domains_are_reported_apart_and_counts_are_pooled(finished):
@@ -78,7 +82,8 @@ def test_the_original_has_no_more_pictures_than_were_drawn(finished):
 
 def test_everything_is_in_the_json(finished):
     found = finished[1]
-    assert found["command"].startswith("sfumato benchmark --output") and found["versions"]["torch"]
+    assert found["commands"][0].startswith("sfumato benchmark --output") and found["versions"]["torch"]
+    assert found["seeds"] == [0]
     for cell in found["cells"]:
         assert cell["command"].startswith("sfumato unlearn uce --forget") and not cell["failed"]
         assert 0 < cell["costs"]["release_bytes"] < 5e6 and cell["costs"]["peak_memory_mb"] > 0
@@ -92,8 +97,9 @@ def test_everything_is_in_the_json(finished):
 def test_csv_has_a_line_a_cell_and_flat_columns(finished):
     lines = list(csv.DictReader((finished[2] / "leaderboard.csv").open()))
     assert [(line["method"], line["concept"], line["seed"]) for line in lines] == [
-        ("uce", "sneaker", "0"), ("uce", "sketch", "0"),
+        ("uce", "sneaker", "0"), ("uce", "sketch", "0"), ("original", "sneaker", "0"), ("original", "sketch", "0"),
     ]  # fmt: skip
+    assert float(lines[2]["ua"]) < 0.4 < 0.9 < float(lines[0]["ua"]) and not lines[2]["asr_embeddings"]
     named = {"ua", "ua_low", "ua_high", "ua_successes", "ua_total", "ira", "cra", "frechet", "frechet_low", "kernel"}
     named |= {"asr_embeddings", "pre_asr_embeddings_total", "coverage", "authentic", "drift_retain", "release_bytes"}
     assert named <= set(lines[0]) and all(re.fullmatch("[a-z0-9_]+", name) for name in lines[0])
@@ -124,7 +130,7 @@ def test_names_and_prompts_are_escaped(finished):
         json.dumps(finished[1]).replace('"sneaker"', json.dumps(evil)).replace('"uce"', json.dumps(evil))
     )
     found["cells"][0]["failed"] = {"unlearn": evil}
-    found["command"] = evil
+    found["commands"] = [evil]
     reader = Scripts()
     reader.feed(render_leaderboard(found, finished[2]))
     assert evil in found["concepts"]
@@ -157,7 +163,9 @@ def test_what_a_call_does_not_name_stays_on_the_leaderboard_if_it_was_made_alike
     _, found = run(folder, "--methods", "uce", "--concepts", "sneaker", "--attacks", "embeddings", "--resume")
     assert all(found[key] == finished[1][key] for key in ("methods", "domains", "concepts"))
     assert [cell["folder"] for cell in found["cells"]] == [cell["folder"] for cell in finished[1]["cells"]]
-    assert "sketch" in (folder / "leaderboard.html").read_text() + (folder / "leaderboard.csv").read_text()
+    page = (folder / "leaderboard.html").read_text()
+    assert "sketch" in page and "sketch" in (folder / "leaderboard.csv").read_text()
+    assert len(found["commands"]) == 2 and page.count("sfumato benchmark --output") == 2
     _, found = run(
         folder, "--methods", "uce", "--concepts", "sneaker", "--attacks", "none", "--forget_repeats", "2", "--resume"
     )
@@ -230,18 +238,44 @@ def test_what_another_run_is_at_is_waited_for(part, finished, tmp_path, monkeypa
         ({"seeds": "0,one"}, "seeds"),
         ({"concepts": "sneaker,snaker"}, "snaker"),
         ({"concepts": " , "}, "concepts"),
+        ({"attack_settings": "unlearndiffatk.speed=3"}, "attack_settings"),
+        ({"attack_settings": "p4d.n=3"}, "of the attacks embeddings, unlearndiffatk, got 'p4d.n=3'"),
+        ({"attack_settings": "unlearndiffatk.times=0"}, "times"),
+        ({"attack_settings": "unlearndiffatk.tokens=60"}, "tokens with those of the attack"),
+        ({"clip": "./no-clip"}, "no-clip"),
         ({"detector": "clap"}, "clap"),
         ({"features": "clap"}, "clap"),
         ({"real": "nowhere"}, "nowhere"),
-        ({"neighbours": "boot"}, "every other word is one"),
+        ({"neighbours": "boot"}, "every other word is looked at"),
         ({"recipe": "nowhere-{}"}, "nowhere-salun"),
         ({"model": "atelier-pixel", "concepts": "bag"}, "attacks"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(settings, said, tmp_path):
-    with pytest.raises((ValueError, FileNotFoundError), match=said):
+    with pytest.raises((ValueError, OSError), match=said):
         benchmark(BenchmarkConfig(str(tmp_path / "out"), device="cpu", **settings))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "told"),
+    [
+        ("cuda:1", None, {"CUDA_VISIBLE_DEVICES": "1"}),
+        ("cuda:1", "4,GPU-7", {"CUDA_VISIBLE_DEVICES": "GPU-7"}),
+        ("cuda", "4,7", {}),
+        ("mps", None, {}),
+        ("cpu", None, {"ACCELERATE_USE_CPU": "true"}),
+    ],
+    ids=str,
+)
+def test_training_is_placed_where_the_benchmark_is(device, visible, told):
+    assert placed_on(torch.device(device), visible) == told
+
+
+def test_attacks_have_the_settings_that_they_are_given():
+    config = BenchmarkConfig("out", attack_settings="unlearndiffatk.times=50, embeddings.attack=released")
+    assert config.settings_of_attacks == {"embeddings": {"attack": "released"}, "unlearndiffatk": {"times": 50}}
+    assert BenchmarkConfig("out").settings_of_attacks == {"embeddings": {}, "unlearndiffatk": {"times": 5}}
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):
@@ -317,5 +351,5 @@ def test_expected_is_the_hull_of_all_runs():
 def test_tables_survive_any_name():
     odd = 'a|b,"c"\nd'
     assert as_markdown(standings([row(odd)])).splitlines()[-1].count("\\|") == 1
-    (line,) = csv.DictReader(io.StringIO(as_csv([row(odd)])))
+    line, _ = csv.DictReader(io.StringIO(as_csv([row(odd)])))
     assert line["method"] == odd

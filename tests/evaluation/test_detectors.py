@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -151,6 +152,34 @@ def test_a_function_may_lie_in_the_folder_that_the_command_is_run_in(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["0.9", "[0.9]"], done.stderr[-2000:]
+
+
+def test_findings_are_plain_numbers_in_range():
+    found = Finding("bag", np.float32(0.25), None, tuple(np.linspace(0, 1, 4, dtype=np.float32)))
+    assert type(found.score) is float and {type(end) for end in found.box} == {float}
+    assert json.loads(json.dumps(found.as_dict()))["score"] == 0.25
+    for score in (float("nan"), 1.5, -0.1):
+        with pytest.raises(ValueError, match=f"'bag' a score of {score}"):
+            Finding("bag", score)
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "said"),
+    [
+        ("def look(:", ImportError, "can't be imported: SyntaxError"),
+        ("1 / 0", ImportError, "can't be imported: ZeroDivisionError"),
+        ("def look(): pass", ValueError, "can't look at a grey picture .TypeError"),
+        ("def look(pictures): return [float('nan')] * len(pictures)", ValueError, "a score of nan"),
+        ("def look(pictures): return []", ValueError, "0 answers for 1 pictures"),
+    ],
+    ids=["syntax", "import", "arguments", "nan", "count"],
+)
+def test_a_function_that_can_not_look_is_found_out_at_once(code, error, said, tmp_path, monkeypatch):
+    module = f"eye_{tmp_path.name}"
+    (tmp_path / f"{module}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(error, match=said):
+        find_detector(f"{module}:look", ["bag"])
 
 
 def test_detectors_that_are_not_there_are_named():

@@ -203,6 +203,8 @@ def test_what_is_wrong_is_said_before_anything_is_drawn(plain, tmp_path):
     for wrong, said in (
         ({"forget": "wombat"}, "wombat"),
         ({"neighbours": ["boot"]}, "every other word"),
+        ({"retain": ["a red bag"]}, "`retain` is for other models"),
+        ({"real": ".", "features": "none"}, "`real` is what distances are measured to"),
         ({"features": "vgg"}, "no features 'vgg'"),
         ({"real": str(tmp_path / "empty")}, "no pictures"),
         ({"clip": str(tmp_path / "empty")}, "The CLIP"),

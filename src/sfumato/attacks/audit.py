@@ -27,7 +27,7 @@ from diffusers import DiffusionPipeline
 from sfumato import storage
 from sfumato.attacks.attack import Answer, Batch, Memory, Round, Setting
 from sfumato.attacks.concept_inversion import WORD_FILE
-from sfumato.attacks.methods import attack_named
+from sfumato.attacks.methods import AttackMethod, attack_named
 from sfumato.attacks.prompts import AuditPrompt, read_pairs, refuse_minors, warn_of_cuts
 from sfumato.attacks.results import RESULT_FILE, ROWS_FILE, Audit, shares_of
 from sfumato.concepts import Concept, resolve, vocabulary_of
@@ -50,7 +50,7 @@ from sfumato.settings import check_ranges, check_seed, check_types
 from sfumato.trainer import process_group
 from sfumato.unlearning.embedding_attack import frozen
 
-__all__ = ["RESULT_FILE", "Audit", "AuditConfig", "attack"]
+__all__ = ["RESULT_FILE", "Audit", "AuditConfig", "attack", "check_attack"]
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,66 @@ def attack(
         FileExistsError: If `output_dir` holds another audit, or one is running there.
         RuntimeError: If a model's pictures are not finite.
     """
-    chosen, began = attack_named(method), time.perf_counter()
+    began = time.perf_counter()
+    plan = _plan(unlearned, original, forget, method, prompts, detector, features, output_dir, settings)
+    chosen, config, audit, setting = plan.chosen, plan.config, plan.audit, plan.setting
+    folder, identity = setting.folder, plan.identity
+    group = process_group()
+    first = group is None or group.is_main_process
+    if folder is not None and first:
+        _refuse_others(folder)
+    with (
+        storage.claimed(folder if first else None, resume=True, own=OWN_FILES),
+        frozen(*setting.victim.parts.values()),
+    ):
+        if folder is not None and first:
+            _prepare(folder, identity, resume=resume)
+        if group is not None:
+            group.wait_for_everyone()
+        chosen.prepare(setting, config)
+        runner = _Runner(
+            setting, plan.prompts, plan.eye, plan.rule, audit, folder, lambda batch: chosen.run(batch, config)
+        )
+        rows = runner.run(method, group)
+        found = _summed(identity, rows, runner.seconds or time.perf_counter() - began)
+        if folder is not None and first:
+            _write(folder, found, {"result_fingerprint": result_fingerprint, "command": command})
+    return found
+
+
+def check_attack(
+    unlearned: DiffusionPipeline, original: DiffusionPipeline, forget: str | Sequence[str], method: str, *,
+    prompts: Sequence[str | AuditPrompt] | None = None, detector: Any = None, features: Any = None, **settings: Any,
+) -> None:  # fmt: skip
+    """Find what is wrong with a call of `attack`, whose arguments these are, without attacking.
+
+    Raises:
+        ValueError: As `attack` does.
+    """
+    _plan(unlearned, original, forget, method, prompts, detector, features, None, settings)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be done, once all of it is known to fit together."""
+
+    chosen: AttackMethod
+    config: Any
+    audit: AuditConfig
+    setting: Setting
+    prompts: Sequence[AuditPrompt]
+    eye: Detector
+    rule: Rule
+    identity: Mapping[str, Any]
+
+
+def _plan(
+    unlearned: DiffusionPipeline, original: DiffusionPipeline, forget: str | Sequence[str], method: str,
+    prompts: Sequence[str | AuditPrompt] | None, detector: Any, features: Any, output_dir: str | Path | None,
+    settings: Mapping[str, Any],
+) -> _Plan:  # fmt: skip
+    """Check the arguments of `attack`, and settle what follows from them."""
+    chosen = attack_named(method)
     config, audit = _configs(chosen.config, settings)
     victim, source = family_of(unlearned), family_of(original)
     if not isinstance(victim, StableDiffusion) or not isinstance(source, StableDiffusion):
@@ -158,41 +217,20 @@ def attack(
     refuse_minors(texts, [*concept.phrases, str(eye.facts.get("detector"))])
     warn_of_cuts(victim, [one.text for one in asked])
     alike, features_name = _features_of(eye, features, victim.device)
-    folder = None if output_dir is None else Path(output_dir)
     drawn = _drawn(unlearned, original, features_name)
     fingerprints = {"unlearned": model_fingerprint(unlearned), "original": model_fingerprint(original)}
     setting = Setting(
         victim, source, concept, audit.seed, audit.num_inference_steps or 1, audit.guidance_scale or 1.0, alike,
-        folder, {"fingerprints": fingerprints, "drawn": drawn},
+        None if output_dir is None else Path(output_dir), {"fingerprints": fingerprints, "drawn": drawn},
     )  # fmt: skip
     chosen.check(setting, *victim.tokenize([one.text for one in asked]), config)
-    identity = json.loads(
-        json.dumps(
-            {
-                "attack": method, "concept": {"name": concept.name, "phrases": list(concept.phrases)},
-                "settings": {**asdict(config), **asdict(audit)}, "fingerprints": fingerprints, "drawn": drawn,
-                "prompts": [asdict(one) for one in asked], "pairs": pairs,
-                "detector": eye.facts, "rule": rule.as_dict(),
-                "versions": {name: version(name) for name in ("sfumato", "torch", "diffusers", "transformers")},
-            }, default=str,
-        )
-    )  # fmt: skip
-    group = process_group()
-    first = group is None or group.is_main_process
-    if folder is not None and first:
-        _refuse_others(folder)
-    with storage.claimed(folder if first else None, resume=True, own=OWN_FILES), frozen(*victim.parts.values()):
-        if folder is not None and first:
-            _prepare(folder, identity, resume=resume)
-        if group is not None:
-            group.wait_for_everyone()
-        chosen.prepare(setting, config)
-        runner = _Runner(setting, asked, eye, rule, audit, folder, lambda batch: chosen.run(batch, config))
-        rows = runner.run(method, group)
-        found = _summed(identity, rows, runner.seconds or time.perf_counter() - began)
-        if folder is not None and first:
-            _write(folder, found, {"result_fingerprint": result_fingerprint, "command": command})
-    return found
+    identity = {
+        "attack": method, "concept": {"name": concept.name, "phrases": list(concept.phrases)},
+        "settings": {**asdict(config), **asdict(audit)}, "fingerprints": fingerprints, "drawn": drawn,
+        "prompts": [asdict(one) for one in asked], "pairs": pairs, "detector": eye.facts, "rule": rule.as_dict(),
+        "versions": {name: version(name) for name in ("sfumato", "torch", "diffusers", "transformers")},
+    }  # fmt: skip
+    return _Plan(chosen, config, audit, setting, asked, eye, rule, json.loads(json.dumps(identity, default=str)))
 
 
 def _configs(kind: type[Any], settings: Mapping[str, Any]) -> tuple[Any, AuditConfig]:

@@ -5,7 +5,7 @@ r"""P4D, Prompting4Debugging: a prompt with which the unlearned model says what 
 
 on noised states x_t of the original's picture of P. Embeddings of the new tokens descend by AdamW, along the gradient
 at the nearest embeddings of the vocabulary (by the cosine). P4D-N looks for a prompt of N tokens, P4D-K puts a token
-behind every K of the user's prompt.
+behind every K of the user's prompt, and one behind a shorter one.
 
 Chin et al., "Prompting4Debugging: Red-Teaming Text-to-Image Diffusion Models by Finding Problematic Prompts", ICML
 2024, arXiv 2309.06135. Of the candidates, one every `evaluate_every` steps, the one whose picture is most like the
@@ -118,12 +118,10 @@ def slots_of(tokens: torch.Tensor, counts: torch.Tensor, config: P4DConfig) -> S
     """Put the tokens that are looked for into prompts; see `Slots`.
 
     Raises:
-        ValueError: If there is no room for them, or a prompt is too short to have any.
+        ValueError: If there is no room for them.
     """
     if config.variant == "n":
         return Slots.placed(tokens, counts, config.n, "replace")
-    if int(counts.min()) < config.k:
-        raise ValueError(f"P4D-K puts a token behind every {config.k}, and a prompt has fewer: use a smaller k.")
     return Slots.spread(tokens, counts, config.k)
 
 

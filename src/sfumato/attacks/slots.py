@@ -61,7 +61,7 @@ class Slots:
 
     @classmethod
     def spread(cls, tokens: torch.Tensor, counts: torch.Tensor, every: int) -> Slots:
-        """Put a slot behind every so many tokens of each prompt; arguments as for `placed`."""
+        """Put a slot behind every so many tokens of each prompt, and one behind a shorter one; arguments as above."""
         rows = []
         for count in counts.tolist():
             row: list[int] = []
@@ -69,7 +69,7 @@ class Slots:
                 row.append(1 + place)
                 if (place + 1) % every == 0:
                     row.append(tokens.shape[1] + (place + 1) // every - 1)
-            rows.append(row)
+            rows.append(row if count >= every else [*row, tokens.shape[1]])
         return cls._of(tokens, counts, rows)
 
     @classmethod
@@ -99,10 +99,12 @@ class Slots:
     def _of(cls, tokens: torch.Tensor, counts: torch.Tensor, rows: Sequence[Sequence[int]]) -> Slots:
         length = tokens.shape[1]
         longest = max(range(len(rows)), key=lambda k: len(rows[k]))
-        if len(rows[longest]) + 2 > length:
+        wide = [str(number) for number, row in enumerate(rows, 1) if len(row) + 2 > length]
+        if wide:
+            others = f" (as others too: {', '.join(wide)})" if len(wide) > 1 else ""
             raise ValueError(
-                f"Prompt {longest + 1} has {len(rows[longest])} tokens with those of the attack, and the text encoder "
-                f"takes {length - 2}: attack with fewer, or shorten the prompt."
+                f"Prompt {longest + 1} has {len(rows[longest])} tokens with those of the attack{others}, and the text "
+                f"encoder takes {length - 2}: attack with fewer, or shorten the prompt."
             )
         origin = []
         for row, count in zip(rows, counts.tolist(), strict=True):

@@ -28,14 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from sfumato import concepts, loading, storage
 from sfumato.arguments import make_parser
+from sfumato.attacks.audit import check_attack
 from sfumato.attacks.methods import attack_named
 from sfumato.evaluation.cells import Bench, Cell, cells_beside, run_cell
 from sfumato.evaluation.detectors import detector_for, find_detector, judge_of
 from sfumato.evaluation.evaluate import EvaluationConfig
-from sfumato.evaluation.features import find_features
+from sfumato.evaluation.features import clip_scorer, find_features
 from sfumato.evaluation.fingerprints import model_fingerprint
 from sfumato.evaluation.leaderboard import methods_strip, render_leaderboard
 from sfumato.evaluation.metrics import kernel_metric
@@ -74,6 +76,8 @@ class BenchmarkConfig:
         concepts: Comma-separated; those to forget together are joined by "+".
         seeds: Of training, pictures and attacks, comma-separated.
         attacks: Comma-separated, or none.
+        attack_settings: Settings of the attacks, comma-separated, as in unlearndiffatk.times=50; by default
+            UnlearnDiffAtk attacks 5 times, in a tenth of its usual steps, and others do as they do alone.
         attack_count: Prompts of each concept to attack, evenly spread; 24 by default, 6 if quick.
         model: An embedded model, a local folder or a Hub id.
         recipe: A recipe's file or name, {} standing for the method, for instance {}-sd14; the model's own by default.
@@ -94,7 +98,8 @@ class BenchmarkConfig:
         features: In what distances are measured; see sfumato evaluate.
         clip: A CLIP to score with how well pictures fit their prompts; none by default.
         real: A folder of real pictures; the shipped renders for the embedded model.
-        device: Where to evaluate and attack; an accelerator if there is one.
+        device: Where to train, evaluate and attack; an accelerator if there is one. Several benchmarks in one folder,
+            one on each accelerator, are given cuda:0, cuda:1 and so on.
         dtype: What models are loaded in.
     """
 
@@ -103,6 +108,7 @@ class BenchmarkConfig:
     concepts: str = "sneaker,sketch,red"
     seeds: str = "0"
     attacks: str = "embeddings,unlearndiffatk"
+    attack_settings: str | None = None
     attack_count: int | None = None
     model: str = "atelier"
     recipe: str | None = None
@@ -138,6 +144,8 @@ class BenchmarkConfig:
             attack_named(name)
         for seed in self.seed_numbers:
             check_seed(seed)
+        for name, settings in self.settings_of_attacks.items():
+            attack_named(name).config(**settings)
 
     @property
     def seed_numbers(self) -> list[int]:
@@ -145,6 +153,22 @@ class BenchmarkConfig:
         if not all(seed.isdecimal() for seed in _listed(self.seeds)):
             raise ValueError(f"`seeds` takes whole numbers separated by commas, got {self.seeds!r}.")
         return [int(seed) for seed in _listed(self.seeds)]
+
+    @property
+    def settings_of_attacks(self) -> dict[str, dict[str, Any]]:
+        """Settings by attack, the defaults of a benchmark too; ValueError if one is none."""
+        usual = QUICK_ATTACK_SETTINGS if self.quick else ATTACK_SETTINGS
+        found = {name: dict(usual.get(name, {})) for name in self.attack_names}
+        for one in _listed(self.attack_settings or ""):
+            place, equals, value = one.partition("=")
+            name, _, setting = place.strip().partition(".")
+            if name not in found or not equals or setting not in attack_named(name).config.__dataclass_fields__:
+                raise ValueError(
+                    f"`attack_settings` takes ATTACK.SETTING=VALUE, of the attacks {', '.join(found) or 'none'}, got"
+                    f" {one!r}; see sfumato attack ATTACK --help."
+                )
+            found[name][setting] = yaml.safe_load(value)
+        return found
 
     @property
     def attack_names(self) -> list[str]:
@@ -168,6 +192,7 @@ def main(arguments: Sequence[str]) -> None:
     (config,) = parser.parse_args_into_dataclasses(list(arguments))
     found = benchmark(config, command=shlex.join(["sfumato", "benchmark", *arguments]))
     print(as_markdown(found["methods"]))
+    print(f"\n{as_markdown(found['methods'], pictures=True)}")
     if len(found["domains"]) > 1:
         for domain, lines in found["domains"].items():
             print(f"\n{domain}\n\n{as_markdown(lines)}")
@@ -266,8 +291,7 @@ def _prepared(config: BenchmarkConfig, folder: Path) -> Bench:
         "num_inference_steps": full.num_inference_steps, "guidance_scale": full.guidance_scale,
         "audit_batch_size": full.batch_size,
     }  # fmt: skip
-    table = QUICK_ATTACK_SETTINGS if config.quick else ATTACK_SETTINGS
-    attacks = {name: {**drawing, **table.get(name, {})} for name in config.attack_names}
+    attacks = {name: {**drawing, **own} for name, own in config.settings_of_attacks.items()}
     return Bench(
         folder, config.model, pipe, model_fingerprint(pipe), evaluation, attacks, config.recipe,
         config.training_steps, config.save, config.retry,
@@ -297,23 +321,34 @@ def _planned(config: BenchmarkConfig, bench: Bench) -> list[Cell]:
         for method in methods:
             cells += [Cell(bench, method, concept, seed) for seed in config.seed_numbers]
         concepts.resolve(bench.pipe, cells[-1].phrases)
-    _check_eyes(config, bench, cells[0].phrases)
+    _check_eyes(config, bench)
+    for concept in _listed(config.concepts):
+        _check_attacks(config, bench, next(cell.phrases for cell in cells if cell.concept == concept))
     for cell in cells:
         configure(METHODS[cell.method].configs, bench.recipe_of(cell.method, cell.phrases).settings)
     return cells
 
 
-def _check_eyes(config: BenchmarkConfig, bench: Bench, phrases: Sequence[str]) -> None:
-    """Say now, not after the first run, that what is to look at the pictures can't be had."""
+def _check_eyes(config: BenchmarkConfig, bench: Bench) -> None:
+    """Say now, not after the first run, that what pictures are compared with can't be had."""
     vocabulary, device = concepts.vocabulary_of(bench.pipe), bench.pipe.device
+    if config.features not in (None, "none"):
+        find_features(str(config.features), None if vocabulary is None else judge_of(vocabulary), device)
+    if config.clip is not None:
+        clip_scorer(config.clip, device)
+    if config.real is not None and not Path(config.real).is_dir():
+        raise FileNotFoundError(f"There is no folder {config.real} with real pictures.")
+
+
+def _check_attacks(config: BenchmarkConfig, bench: Bench, phrases: Sequence[str]) -> None:
+    """Say the same of what looks for a concept, and of attacks that don't fit its prompts."""
+    eye = None
     if config.detector is None:
         detector_for(bench.pipe, phrases)
     else:
-        find_detector(config.detector, phrases, device=device)
-    if config.features not in (None, "none"):
-        find_features(str(config.features), None if vocabulary is None else judge_of(vocabulary), device)
-    if config.real is not None and not Path(config.real).is_dir():
-        raise FileNotFoundError(f"There is no folder {config.real} with real pictures.")
+        eye = find_detector(config.detector, phrases, device=bench.pipe.device)
+    for name, settings in bench.attacks.items():
+        check_attack(bench.pipe, bench.pipe, phrases, name, detector=eye, **settings)
 
 
 def _results(
@@ -330,12 +365,23 @@ def _results(
         return {value: standings([row for row in rows if row[key] == value], asked) for value in values}
 
     return {
-        "command": command, "settings": asdict(config), "attacks": {n: dict(s) for n, s in bench.attacks.items()},
+        "commands": _commands(bench.folder, command), "settings": asdict(config),
+        "seeds": sorted({row["seed"] for row in rows}), "attacks": {n: dict(s) for n, s in bench.attacks.items()},
         "model": {"name": bench.model, "fingerprint": bench.fingerprint},
         "versions": {name: version(name) for name in PACKAGES},
         "methods": standings(rows, asked), "domains": grouped("kind"), "concepts": grouped("concept"),
         "expected": expected(rows, by_recipe), "cells": [dict(row) for row in rows],
     }  # fmt: skip
+
+
+def _commands(folder: Path, command: str | None) -> list[str]:
+    """The commands that made what is in the folder, this one last."""
+    try:
+        earlier = storage.read_json(folder / RESULTS).get("commands", [])
+    except (OSError, ValueError):
+        earlier = []
+    listed = [one for one in earlier if isinstance(one, str)] if isinstance(earlier, list) else []
+    return list(dict.fromkeys([*listed, *([] if command is None else [command])]))
 
 
 def _asked(folder: Path) -> dict[str, Set[Request]]:

@@ -259,7 +259,7 @@ def _unlearn(cell: Cell, say: Callable[[str], None]) -> dict[str, Any]:
             if not free:  # left by a benchmark that was killed
                 raise BlockingIOError(f"A training is still writing into {folder}.")
         say("unlearns")
-        _run([*cell.command, *(["--resume"] if folder.exists() else [])])
+        _run([*cell.command, *(["--resume"] if folder.exists() else [])], cell.bench.pipe.device)
     manifest = storage.read_json(folder / "manifest.json")
     return {
         "costs": {**{name: manifest.get(name) for name in COSTS}, "release_bytes": release_bytes(folder)},
@@ -267,13 +267,14 @@ def _unlearn(cell: Cell, say: Callable[[str], None]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _run(arguments: list[str]) -> None:
-    """Run a command of sfumato; a RuntimeError says what it ended with."""
+def _run(arguments: list[str], device: torch.device) -> None:
+    """Run a command of sfumato on a device; a RuntimeError says what it ended with."""
     command = [sys.executable, "-m", "sfumato.cli", *arguments]
     # A session of its own: an interruption must reach what it may have started too.
     with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
-    ) as process:
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
+        start_new_session=True, env={**os.environ, **placed_on(device, os.environ.get("CUDA_VISIBLE_DEVICES"))},
+    ) as process:  # fmt: skip
         try:
             _, said = process.communicate()
         except BaseException:
@@ -285,6 +286,21 @@ def _run(arguments: list[str]) -> None:
         raise RuntimeError(f"The process was ended by {signal.Signals(-process.returncode).name}; is memory short?")
     if process.returncode:
         raise RuntimeError(last)
+
+
+def placed_on(device: torch.device, visible: str | None) -> dict[str, str]:
+    """Give the environment variables that make a job, which takes the first accelerator it sees, run on a device.
+
+    Args:
+        device: The device.
+        visible: ``CUDA_VISIBLE_DEVICES`` here.
+    """
+    if device.type == "cpu":
+        return {"ACCELERATE_USE_CPU": "true"}
+    if device.type != "cuda" or device.index is None:
+        return {}
+    listed = [name for name in (visible or "").split(",") if name.strip()]
+    return {"CUDA_VISIBLE_DEVICES": listed[device.index].strip() if listed else str(device.index)}
 
 
 def _evaluation(cell: Cell, config: EvaluationConfig, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:

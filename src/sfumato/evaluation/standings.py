@@ -39,6 +39,9 @@ __all__ = [
 COSTS = ("seconds", "peak_memory_mb", "denoiser_evaluations", "release_bytes")
 ACCURACIES = ("ua", "ira", "cra")
 MAIN = (*ACCURACIES, "frechet", "drift retain", "clip score", *COSTS)
+PICTURES = (
+    "kernel", "precision", "recall", "density", "coverage", "authentic", "frechet to original", "drift forget",
+)  # fmt: skip
 NEIGHBOUR, PRE_ASR, ASR = "neighbour ", "pre-ASR ", "ASR "
 
 
@@ -227,9 +230,20 @@ def worded(line: Mapping[str, Any], column: Column) -> str:
     return "{:.3g} [{:.3g}, {:.3g}]".format(*ends)
 
 
-def as_markdown(lines: Mapping[str, Mapping[str, Any]]) -> str:
-    """Lay the main columns of lines out as a Markdown table; the page has all."""
-    columns = [c for c in columns_of(lines.values()) if c.key in MAIN or c.key.startswith(ASR)]
+def as_markdown(lines: Mapping[str, Mapping[str, Any]], *, pictures: bool = False) -> str:
+    """Lay lines out as a Markdown table.
+
+    Args:
+        lines: What `standings` gave.
+        pictures: The columns that tell how good and how varied pictures are, in the place of the main ones. (What
+            shows the concept without an attack is the same for all attacks, and has one column.)
+    """
+    found = columns_of(lines.values())
+    if pictures:
+        columns = [column for column in found if column.key in PICTURES]
+    else:
+        plain = [column for column in found if column.key.startswith(PRE_ASR)][:1]
+        columns = [c for c in found if c.key in MAIN or c.key.startswith(ASR) or c in plain]
     table = [["", *(column.heading for column in columns)], ["---"] * (len(columns) + 1)]
     table += [[name, *(worded(line, column) for column in columns)] for name, line in lines.items()]
     return "\n".join(
@@ -238,13 +252,18 @@ def as_markdown(lines: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """List the cells as CSV, a line each; of a measure the value, the interval and, of a share, its counts."""
+    """List the cells as CSV, a line each, and the original as each concept and seed sees it.
+
+    Of a measure there is the value, the interval and, of a share, its counts.
+    """
+    once = {(row["concept"], row["seed"]): row for row in rows if row["evaluation"] is not None or row["attacks"]}
+    before = [{**row, "method": "original", "folder": "", "failed": {}, "costs": {}} for row in once.values()]
     flat = []
-    for row in rows:
+    for row in [*rows, *before]:
         line = {name: row[name] for name in ("method", "concept", "kind", "seed", "folder")}
         line["failed"] = "; ".join(f"{stage}: {said}" for stage, said in row["failed"].items())
         line |= {name: row.get("costs", {}).get(name) for name in COSTS}
-        for name, value in measured(row).items():
+        for name, value in measured(row, "original" if row["method"] == "original" else "result").items():
             for part, number in value.items():
                 line[name if part == "value" else f"{name} {part}"] = number
         flat.append({key.replace(" ", "_").replace("-", "_").lower(): value for key, value in line.items()})
