@@ -12,7 +12,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sfumato.concepts import Vocabulary
@@ -242,8 +242,10 @@ def as_markdown(lines: Mapping[str, Mapping[str, Any]], *, pictures: bool = Fals
     if pictures:
         columns = [column for column in found if column.key in PICTURES]
     else:
-        plain = [column for column in found if column.key.startswith(PRE_ASR)][:1]
-        columns = [c for c in found if c.key in MAIN or c.key.startswith(ASR) or c in plain]
+        plain = [replace(column, heading="pre-ASR") for column in found if column.key.startswith(PRE_ASR)][:1]
+        usual = [column for column in found if column.key in MAIN or column.key.startswith(ASR)]
+        accuracies = [column for column in usual if column.key in ACCURACIES]
+        columns = [*accuracies, *plain, *(column for column in usual if column not in accuracies)]
     table = [["", *(column.heading for column in columns)], ["---"] * (len(columns) + 1)]
     table += [[name, *(worded(line, column) for column in columns)] for name, line in lines.items()]
     return "\n".join(
