@@ -230,6 +230,31 @@ class MinorityGuidanceScheduler(CarriedStateMixin, SchedulerMixin, ConfigMixin):
         """Return the sample as it is: these models take it unscaled."""
         return sample
 
+    def earlier_time(self, ratio: float) -> int:
+        """Time of the run that so much of its steps, counted from the clean end, lies at or below.
+
+        Args:
+            ratio (`float`): In [0, 1]: 0 is the last time of the run, 1 the first.
+
+        Raises:
+            ValueError: Before `set_timesteps`.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("Call `set_timesteps` first: the times of the run are not known yet.")
+        return self._times[::-1][min(int(ratio * len(self._times)), len(self._times) - 1)]
+
+    def predict_original(self, model_output: Tensor, timestep: int, sample: Tensor) -> Tensor:
+        """Give the clean sample that a prediction stands for, not clipped, of the sample's shape and dtype.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(batch, channels, height, width)`): As for `step`.
+            timestep (`int`): The time that the model was given.
+            sample (`torch.Tensor` of shape `(batch, channels, height, width)`): The state at that time.
+        """
+        output, _ = self._split_output(model_output, sample)
+        alpha = torch.tensor(self._host[timestep], dtype=sample.dtype, device=sample.device)
+        return split_prediction(self.config.prediction_type, output.to(sample.dtype), sample, alpha)[0]
+
     # A step
 
     def step(

@@ -19,6 +19,7 @@ _HOMES = {
     "FixedPointScheduler": "sfumato.schedulers.scheduling_fixed_point",
     "InfEditPipeline": "sfumato.pipelines.pipeline_infedit",
     "Judge": "sfumato.evaluation.judge",
+    "MinorityGuidancePipeline": "sfumato.pipelines.pipeline_minority_guidance",
     "MinorityGuidanceScheduler": "sfumato.schedulers.scheduling_minority_guidance",
     "RDDMPipeline": "sfumato.pipelines.pipeline_rddm",
     "RDDMScheduler": "sfumato.schedulers.scheduling_rddm",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from sfumato.loading import load as load
     from sfumato.pipelines.pipeline_class_conditional import ClassConditionalPipeline as ClassConditionalPipeline
     from sfumato.pipelines.pipeline_infedit import InfEditPipeline as InfEditPipeline
+    from sfumato.pipelines.pipeline_minority_guidance import MinorityGuidancePipeline as MinorityGuidancePipeline
     from sfumato.pipelines.pipeline_rddm import RDDMPipeline as RDDMPipeline
     from sfumato.pipelines.pipeline_resshift import ResShiftPipeline as ResShiftPipeline
     from sfumato.releasing.core import release as release
