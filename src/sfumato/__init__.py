@@ -27,6 +27,7 @@ _HOMES = {
     "ResShiftScheduler": "sfumato.schedulers.scheduling_resshift",
     "TimeShiftScheduler": "sfumato.schedulers.scheduling_time_shift",
     "edit": "sfumato.inversion",
+    "TrajectoryVariance": "sfumato.trajectory_variance",
     "attack": "sfumato.attacks.audit",
     "evaluate": "sfumato.evaluation.evaluate",
     "find_boundary": "sfumato.boundary",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from sfumato.schedulers.scheduling_rddm import RDDMScheduler as RDDMScheduler
     from sfumato.schedulers.scheduling_resshift import ResShiftScheduler as ResShiftScheduler
     from sfumato.schedulers.scheduling_time_shift import TimeShiftScheduler as TimeShiftScheduler
+    from sfumato.trajectory_variance import TrajectoryVariance as TrajectoryVariance
     from sfumato.tuning import tune_time_shift as tune_time_shift
     from sfumato.unlearning.core import rehearse as rehearse
     from sfumato.unlearning.core import unlearn as unlearn
