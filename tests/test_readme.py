@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sfumato import families as families_of
 from sfumato.unlearning.methods import METHODS
@@ -309,12 +310,34 @@ def restore(line, folder):
     assert (folder / "restored" / "small.png").exists() and (folder / "restored" / "comparisons").is_dir()
 
 
+def enlarge(line, folder):
+    """One of the shipped pictures, eight pixels wide."""
+    picture = next((ROOT / "src" / "sfumato" / "assets" / "renders").glob("*.png"))
+    Image.open(picture).resize((8, 8), Image.Resampling.BICUBIC).save(folder / "tiny.png")
+    run(line.split(), folder)
+    assert Image.open(folder / "enlarged" / "tiny.png").size == (32, 32)
+
+
+def compare_restoration(line, folder):
+    """A few steps of training on made-up garments, and few of their pictures."""
+    make_garments(folder)
+    words = line.split()
+    few = ["--steps", "4", "--pictures", "8", "--timed", "1", "--candidates", "2", "--pairs", "8"]
+    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], *few, "--data_dir", str(folder)], folder)
+    assert "| resshift-4 |" in printed and "searched noise" in printed
+
+
 RUNS = {
     "python benchmarks/training_speed.py": training_speed,
     "python benchmarks/evaluation_speed.py": evaluation_speed,
     "python benchmarks/attack_speed.py": attack_speed,
     "accelerate launch training/resshift.py --data photos --task sr --scale 4 --output enlarger": enlarger,
     "sfumato restore small.png --task sr --scale 4 --model enlarger --output restored": restore,
+    "sfumato restore tiny.png --model atelier-sr --output enlarged": enlarge,
+    "python benchmarks/restoration.py --output bench-restoration": compare_restoration,
+    "python benchmarks/restoration.py --output bench-restoration --task inpaint --methods resshift-4": (
+        compare_restoration
+    ),
     "python benchmarks/step_time.py --threads 1": step_time,
     'sfumato invert src/sfumato/assets/renders/120-sandal-photo-red.png --prompt "a photo of a red sandal" --exact '
     "--output inverted": invert,
@@ -370,8 +393,6 @@ recipes.find_recipe = lambda *arguments: recipes.Recipe({**find_recipe(*argument
 def test_python_block_runs(number, prelude, tmp_path):
     printed = run([sys.executable, "-c", prelude + PYTHON[number]], tmp_path)
     if "no-sneaker.png" in PYTHON[number]:
-        from PIL import Image
-
         assert Image.open(tmp_path / "no-sneaker.png").size == (32, 32)
     else:
         assert "tensor" in printed or "NoiseStatistics" in printed
