@@ -16,11 +16,16 @@ with noise of its own, and averages the results, which leaves seams where the ru
 
 from __future__ import annotations
 
+import ast
+import inspect
+import json
 import math
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -201,6 +206,17 @@ def _home() -> str:
     return home if found else ""
 
 
+def _ship_code(kind: type, folder: Path) -> list[str]:
+    """Copy the file of a class, and those beside it that it imports, into a folder; gives the entry for an index."""
+    folder.mkdir(exist_ok=True)
+    file = Path(inspect.getfile(kind))
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    beside = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level}
+    for name in (file.stem, *sorted(filter(None, beside))):
+        shutil.copyfile(file.with_name(f"{name}.py"), folder / f"{name}.py")
+    return [file.stem, kind.__name__]
+
+
 class RestorationPipeline(DiffusionPipeline, ABC):
     """Base of the pipelines that restore pictures with a ``UNet2DModel``.
 
@@ -231,7 +247,7 @@ class RestorationPipeline(DiffusionPipeline, ABC):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """As in `DiffusionPipeline`, which finds a scheduler of this package only if that has been imported."""
         if home := _home():
-            import_module(f"{home}.schedulers.scheduling_{cls._sampler.removesuffix('Scheduler').lower()}")
+            import_module(f"{home}.schedulers.{cls._sampler_file()}")
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
@@ -239,11 +255,28 @@ class RestorationPipeline(DiffusionPipeline, ABC):
         """As in `ConfigMixin`; a folder that ships the code of these classes is read with the installed ones."""
         found = super().load_config(*args, **kwargs)
         index = found[0] if isinstance(found, tuple) else found
-        home = _home()
-        if home and isinstance(index.get("_class_name"), list) and index["_class_name"][-1] == cls.__name__:
-            index["_class_name"] = cls.__name__
-            index["scheduler"] = [f"{home}.schedulers.{index['scheduler'][0].rpartition('.')[2]}", cls._sampler]
+        home, named, scheduler = _home(), index.get("_class_name"), index.get("scheduler")
+        ours = (named[-1] if isinstance(named, list) else named) == cls.__name__ and isinstance(scheduler, list)
+        if home and ours and (scheduler[0].rpartition(".")[2], scheduler[-1]) == (cls._sampler_file(), cls._sampler):
+            index["_class_name"] = cls.__name__  # the module may have been that of a model that came with its code
+            index["scheduler"] = [f"{home}.schedulers.{cls._sampler_file()}", cls._sampler]
         return found
+
+    def save_config(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in `ConfigMixin`; classes that came with a model, and are installed nowhere, are saved with it again."""
+        super().save_config(save_directory, *args, **kwargs)
+        if _home():
+            return
+        folder = Path(save_directory)
+        index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
+        index["_class_name"] = _ship_code(type(self), folder)
+        if type(self.scheduler).__name__ == self._sampler:
+            index["scheduler"] = _ship_code(type(self.scheduler), folder / "scheduler")
+        (folder / self.config_name).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+    @classmethod
+    def _sampler_file(cls) -> str:
+        return f"scheduling_{cls._sampler.removesuffix('Scheduler').lower()}"
 
     @abstractmethod
     def _sample(

@@ -1,6 +1,8 @@
 """Pipelines of ours load where this package is not installed."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -30,6 +32,23 @@ ELSEWHERE = textwrap.dedent("""
     save_file(found, "found.safetensors")
 """)
 
+SAVED_AGAIN = textwrap.dedent("""
+    import torch
+    from diffusers import DiffusionPipeline
+    for name in ("resshift", "rddm"):
+        pipe = DiffusionPipeline.from_pretrained(name, trust_remote_code=True)
+        assert type(pipe).__module__.startswith("diffusers_modules.")
+        pipe.save_pretrained(f"{name}-again")
+""")
+
+
+def run(code, folder, home):
+    environment = {**os.environ, "HF_HOME": str(folder / home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
 
 def make(name):
     torch.manual_seed(0)
@@ -54,14 +73,38 @@ def test_restoration_pipelines_load_where_this_package_is_not_installed(tmp_path
     for name in ("resshift", "rddm"):
         make(name).save_pretrained(tmp_path / name)
         ship_code(tmp_path / name)
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(ELSEWHERE, tmp_path, "hub")
     found = load_file(tmp_path / "found.safetensors")
     for name in ("resshift", "rddm"):
         assert torch.allclose(found[name], restore(make(name)), atol=1e-5)
+
+
+def test_a_model_that_came_with_its_code_is_saved_with_it_again(tmp_path):
+    for name in ("resshift", "rddm"):
+        make(name).save_pretrained(tmp_path / name)
+        ship_code(tmp_path / name)
+    run(SAVED_AGAIN, tmp_path, "hub")
+    for name in ("resshift", "rddm"):
+        again = tmp_path / f"{name}-again"
+        loaded = sfumato.load(again)
+        assert type(loaded).from_pretrained(again).scheduler.config == loaded.scheduler.config
+        assert torch.allclose(restore(loaded), restore(make(name)), atol=1e-5)
+        shutil.rmtree(tmp_path / name)
+        again.rename(tmp_path / name)
+    run(ELSEWHERE, tmp_path, "another-hub")  # nothing of the first process is left
+    found = load_file(tmp_path / "found.safetensors")
+    for name in ("resshift", "rddm"):
+        assert torch.allclose(found[name], restore(make(name)), atol=1e-5)
+
+
+def test_a_folder_that_names_code_which_is_gone_is_read_with_the_installed(tmp_path):
+    pipe = make("resshift")
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["scheduler"][0] = "diffusers_modules.local.scheduling_resshift"  # as a release that was saved again had it
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for load in (sfumato.load, type(pipe).from_pretrained):
+        assert type(load(tmp_path).scheduler) is sfumato.ResShiftScheduler
 
 
 @pytest.mark.parametrize("name", ["resshift", "rddm"])
