@@ -139,6 +139,60 @@ def test_a_broken_file_completes_the_rest_and_is_listed(model, tmp_path, capsys,
     assert "2 restored" in capsys.readouterr().out
 
 
+def test_names_that_are_too_long_are_cut_and_stay_apart(model, tmp_path):
+    folder = tmp_path / "in"
+    for ending in ("a", "b"):
+        save_picture(folder / f"{'x' * 240}{ending}.png")
+    save_picture(folder / f"{'ü' * 120}.png")
+    report = run(model, [str(folder)], tmp_path / "out")
+    names = [one["file"].removesuffix(".png") for one in report["pictures"]]
+    assert names == ["x" * 200, f"{'x' * 200}-2", "ü" * 100]
+    assert report["failures"] == []
+
+
+def test_a_result_that_cant_be_written_is_listed_and_the_others_are_kept(model, tmp_path, monkeypatch):
+    images = [save_picture(tmp_path / f"{name}.png") for name in "abc"]
+    write, faults = storage.write_bytes, {"b.png": OSError(36, "File name too long"), "c.png": MemoryError()}
+
+    def failing(path, content):
+        if path.parent.name == "out" and path.name in faults:
+            raise faults[path.name]
+        return write(path, content)
+
+    monkeypatch.setattr("sfumato.storage.write_bytes", failing)
+    report = run(model, images, tmp_path / "out", batch_size=3)
+    assert json.loads((tmp_path / "out" / "restored.json").read_text()) == report
+    assert [one["file"] for one in report["pictures"]] == ["a.png"]
+    said = [failure["error"] for failure in report["failures"]]
+    assert "b.png was restored, but can't be written ([Errno 36] File name too long)" in said[0]
+    assert "c.png was restored, but can't be written (MemoryError)" in said[1]
+
+
+def test_a_comparison_that_fails_does_not_lose_the_result(model, tmp_path, monkeypatch, capsys):
+    image, out = save_picture(tmp_path / "a.png"), tmp_path / "out"
+
+    def failing(*_, **__):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("sfumato.restoring.picture_grid", failing)
+    main(["restore", image, "--model", model, "--output", str(out), "--device", "cpu"])
+    (facts,) = json.loads((out / "restored.json").read_text())["pictures"]
+    assert facts["comparison_error"] == "no room" and "comparison" not in facts
+    assert Image.open(out / "a.png").size == (12, 8)
+    assert "1 without a picture side by side: no room" in capsys.readouterr().out
+
+
+def test_a_full_disk_ends_the_run_with_one_sentence(model, tmp_path, monkeypatch):
+    images = [save_picture(tmp_path / f"{name}.png") for name in "ab"]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sfumato.storage.write_bytes", full)
+    with pytest.raises(OSError, match=r"The disk of .*out is full \(No space left on device\): free some"):
+        run(model, images, tmp_path / "out")
+
+
 def test_pictures_of_one_name_get_files_of_their_own(model, tmp_path):
     images = [save_picture(tmp_path / folder / name) for folder, name in (("x", "a.png"), ("y", "A.bmp"))]
     images.append(images[0])  # named twice, restored once

@@ -197,6 +197,9 @@ def _restore(options: argparse.Namespace, _: Sequence[str]) -> None:
     if done:
         seconds = sum(picture["seconds"] for picture in done) / len(done)
         print(f"{len(done)} restored, {seconds:.2f} seconds a picture: {options.output}")
+    bare = [picture["comparison_error"] for picture in done if "comparison_error" in picture]
+    if bare:
+        print(f"{len(bare)} without a picture side by side: {bare[0]}")
     if failed:
         listed = "".join(f"\n  {failure['error']}" for failure in failed)
         sys.exit(f"error: {len(failed)} of {len(done) + len(failed)} could not be restored:{listed}")

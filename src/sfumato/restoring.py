@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -26,6 +29,11 @@ from sfumato.progress import Track
 from sfumato.restoration.degradations import TASKS
 
 __all__ = ["RestoringConfig", "run_restore"]
+
+FAULTS = (ValueError, OSError, RuntimeError, MemoryError)
+"""What one picture may end in, and not the others: it is broken, too large, or its result can't be written."""
+NAME_BYTES = 200
+"""Of a result's name: file systems take 255, and storage's own additions and a number are to fit."""
 
 
 @dataclass
@@ -86,12 +94,14 @@ def run_restore(config: RestoringConfig) -> dict[str, Any]:
 
     Returns:
         What ``restored.json`` holds: the settings, the model, and, under ``pictures`` and ``failures``, what became of
-        each. Beside it are the restored pictures, as PNG of 8 bits, or of 16 for grey pictures of 16 bits (PIL reads
-        no others), and, under ``comparisons``, each beside its original.
+        each (``comparison_error`` says why one has no comparison). Beside it are the restored pictures, as PNG of 8
+        bits, or of 16 for grey pictures of 16 bits (PIL reads no others), and, under ``comparisons``, each beside its
+        original.
 
     Raises:
         FileExistsError: If the output folder holds something.
         FileNotFoundError: If a picture, the mask, the boundary or the model is missing.
+        OSError: If the disk is full.
         ValueError: If the settings, or the model, do not fit the task.
     """
     output = storage.check_output_dir(config.output, own=frozenset())
@@ -112,13 +122,16 @@ def run_restore(config: RestoringConfig) -> dict[str, Any]:
     _check_fit(pipe, jobs, config, call)
     report: dict[str, Any] = {"settings": asdict(config), **_facts(pipe), "pictures": [], "failures": []}
     batches = [jobs[first : first + config.batch_size] for first in range(0, len(jobs), config.batch_size)]
-    with storage.claimed(output, own=frozenset()):
+    with storage.claimed(output, own=frozenset()), _full_disk_explained(output):
         for batch in Track(batches, "restore", shown=len(jobs) > 1):  # one picture's bar is the pipeline's own
             for job, restored, seconds in _restore(pipe, batch, call, config.seed):
-                if restored is None:
+                facts = None if restored is None else _written(output, job, restored)
+                if restored is None or facts is None:
                     report["failures"].append({"source": str(job.source), "error": job.error})
                     continue
-                facts = _write(output, job, restored, mask, pipe.config.scale, compared=config.compare == "row")
+                if config.compare == "row":
+                    facts |= _compared(output, job, restored, mask, pipe.config.scale)
+                job.image = None  # a folder of pictures need not stay in memory
                 report["pictures"].append({"source": str(job.source), **facts, "seconds": seconds})
         storage.write_text(output / "restored.json", json.dumps(report, indent=1))
     return report
@@ -155,13 +168,15 @@ def _files(images: Sequence[str]) -> list[Path]:
 
 
 def _jobs(files: Sequence[Path]) -> list[_Job]:
-    """Give each file a name of its own for the result: its stem, numbered where another has that."""
+    """Give each file a name of its own for the result: its stem, cut if it is long, numbered where another has it."""
     jobs, taken = [], set()
     for file in files:
-        name, number = file.stem, 1
+        whole = os.fsencode(file.stem)
+        stem = file.stem if len(whole) <= NAME_BYTES else whole[:NAME_BYTES].decode(errors="ignore")
+        name, number = stem, 1
         while name.lower() in taken:
             number += 1
-            name = f"{file.stem}-{number}"
+            name = f"{stem}-{number}"
         taken.add(name.lower())
         jobs.append(_Job(file, name))
     return jobs
@@ -303,25 +318,56 @@ def _attempt(
     try:
         generators = [torch.Generator().manual_seed(seed) for _ in jobs]
         images = pipe([job.image for job in jobs], generator=generators, **call).images
-    except (ValueError, RuntimeError) as error:  # the latter when memory runs out
+    except FAULTS as error:
         for job in jobs:
-            job.error = f"{job.source} can't be restored ({error})"
+            job.error = f"{job.source} can't be restored ({_said(error)})"
         return None
     seconds = (time.perf_counter() - began) / len(jobs)
     return [(job, image, seconds) for job, image in zip(jobs, images, strict=True)]
 
 
-def _write(output: Path, job: _Job, restored: Image.Image, mask: Any, scale: int, *, compared: bool) -> dict[str, Any]:
-    """Write a result, with the colour profile of its original, and the comparison."""
+def _written(output: Path, job: _Job, restored: Image.Image) -> dict[str, Any] | None:
+    """Write a result, with the colour profile of its original; None, and the reason in the job, if that fails."""
     profile = job.image.info.get("icc_profile") if job.image.mode in ("L", "LA", "RGB", "RGBA", "P") else None
-    storage.write_bytes(output / f"{job.name}.png", _png(restored, icc_profile=profile))
-    facts = {"file": f"{job.name}.png", "width": restored.width, "height": restored.height}
-    if compared:
-        comparison = f"comparisons/{job.name}.png"
+    try:
+        storage.write_bytes(output / f"{job.name}.png", _png(restored, icc_profile=profile))
+    except FAULTS as error:
+        _raise_if_full(error)
+        job.error = f"{job.source} was restored, but can't be written ({_said(error)})"
+        return None
+    return {"file": f"{job.name}.png", "width": restored.width, "height": restored.height}
+
+
+def _compared(output: Path, job: _Job, restored: Image.Image, mask: Any, scale: int) -> dict[str, Any]:
+    """Write the comparison; a result without one is still a result."""
+    comparison = f"comparisons/{job.name}.png"
+    try:
         storage.write_bytes(output / comparison, _png(_row(job.image, restored, mask, scale)))
-        facts["comparison"] = comparison
-    job.image = None  # a folder of pictures need not stay in memory
-    return facts
+    except FAULTS as error:
+        _raise_if_full(error)
+        return {"comparison_error": _said(error)}
+    return {"comparison": comparison}
+
+
+def _said(error: BaseException) -> str:
+    """What an error says; some say nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _raise_if_full(error: BaseException) -> None:
+    """Raise an error again that all pictures which follow would end in."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+
+
+@contextmanager
+def _full_disk_explained(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(f"The disk of {output} is full ({error.strerror}): free some, or choose another.") from error
 
 
 def _row(image: Image.Image, restored: Image.Image, mask: Any, scale: int) -> Image.Image:
