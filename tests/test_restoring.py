@@ -189,7 +189,7 @@ def test_a_full_disk_ends_the_run_with_one_sentence(model, tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("sfumato.storage.write_bytes", full)
-    with pytest.raises(OSError, match=r"The disk of .*out is full \(No space left on device\): free some"):
+    with pytest.raises(OSError, match=r"The disk of .*out is full \(No space left on device\): free some space"):
         run(model, images, tmp_path / "out")
 
 
@@ -209,6 +209,83 @@ def test_nothing_is_overwritten(model, tmp_path):
     with pytest.raises(FileExistsError):
         run(model, [image], tmp_path)
     assert (tmp_path / "out" / "a.png").read_bytes() == before
+
+
+def interrupt_after(monkeypatch, pictures):
+    """Press Ctrl-C when the pipeline is called for the picture after these."""
+    call, calls = sfumato.ResShiftPipeline.__call__, []
+
+    def counted(self, *given, **how):
+        calls.append(given)
+        if len(calls) > pictures:
+            raise KeyboardInterrupt
+        return call(self, *given, **how)
+
+    monkeypatch.setattr(sfumato.ResShiftPipeline, "__call__", counted)
+    return calls
+
+
+def test_a_run_that_was_interrupted_goes_on(model, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "in"
+    for number in range(5):
+        save_picture(folder / f"{number}.png", colour=number)
+    (folder / "2.png").write_bytes(b"no picture")
+    command = ["restore", str(folder), "--model", model, "--num-inference-steps", "2", "--device", "cpu"]
+    begun = [*command, "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        interrupt_after(patch, 2)
+        main(begun)
+    assert stop.value.code == "interrupted; the job continues with --resume"
+    report = json.loads((tmp_path / "out" / "restored.json").read_text())
+    assert [one["file"] for one in report["pictures"]] == ["0.png", "1.png"] and report["remaining"] == 2
+    with pytest.raises(SystemExit, match="holds an unfinished run. Continue it with --resume"):
+        main(begun)
+    first = (tmp_path / "out" / "0.png").stat().st_mtime_ns
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="1 of 5 could not be restored"):
+        calls = interrupt_after(patch, 5)
+        main([*begun, "--resume"])
+    assert len(calls) == 2 and (tmp_path / "out" / "0.png").stat().st_mtime_ns == first
+    with pytest.raises(SystemExit, match="1 of 5 could not be restored"):
+        main([*command, "--output", str(tmp_path / "whole")])
+    reports = [json.loads((tmp_path / name / "restored.json").read_text()) for name in ("out", "whole")]
+    for found in reports:
+        assert found["remaining"] == 0 and len(found["failures"]) == 1
+        assert [one["file"] for one in found["pictures"]] == ["0.png", "1.png", "3.png", "4.png"]
+    for file in (tmp_path / "whole").rglob("*.png"):
+        assert file.read_bytes() == (tmp_path / "out" / file.relative_to(tmp_path / "whole")).read_bytes()
+    save_picture(folder / "2.png")
+    main([*begun, "--resume"])  # what failed is tried again
+    assert "5 restored" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="already holds restored pictures"):
+        main([*begun, "--resume"])
+
+
+def test_another_run_is_not_gone_on_with(model, tmp_path, monkeypatch):
+    images, out = [save_picture(tmp_path / f"{number}.png") for number in range(3)], tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 1)
+        run(model, images, out)
+    kept = {file: file.read_bytes() for file in out.rglob("*.*")}
+    with pytest.raises(ValueError, match="out holds another run: its num_inference_steps, seed differ. Resume with"):
+        run(model, images, out, seed=1, num_inference_steps=3, resume=True)
+    save_model(tmp_path / "model", seed=1)
+    here = tmp_path / "here"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 1)
+        run(str(tmp_path / "model"), images, here)
+    save_model(tmp_path / "model", seed=2)
+    with pytest.raises(ValueError, match="here holds another run: its model's weights differ"):
+        run(str(tmp_path / "model"), images, here, resume=True)
+    assert {file: file.read_bytes() for file in out.rglob("*.*")} == kept
+    assert len(run(model, images, out, batch_size=2, resume=True)["pictures"]) == 3
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(FileExistsError, match="holds files that are not this job's"):
+        run(model, images, tmp_path / "other", resume=True)
+
+
+def test_a_run_in_a_folder_that_does_not_exist_is_begun_by_resuming(model, tmp_path):
+    assert len(run(model, [save_picture(tmp_path / "a.png")], tmp_path / "out", resume=True)["pictures"]) == 1
 
 
 def test_holes_are_filled_and_the_rest_is_kept(tmp_path):

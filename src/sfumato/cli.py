@@ -9,15 +9,17 @@ from typing import Any
 
 __all__ = ["main"]
 
-RESUMABLE = ("unlearn", "evaluate", "attack", "benchmark")
-"""Commands that read their own options, and continue with --resume."""
+OWN_OPTIONS = ("unlearn", "evaluate", "attack", "benchmark")
+"""Commands that read their own options."""
+RESUMABLE = (*OWN_OPTIONS, "restore")
+"""Commands that continue with --resume."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; errors a user can mend are printed as one sentence, with exit status 1."""
     parser = _make_parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in RESUMABLE:
+    if rest and options.command not in OWN_OPTIONS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         options.run(options, rest)
@@ -139,6 +141,7 @@ def _add_restoring(commands: Any) -> None:
     command.add_argument("--boundary", default=None, help="a file of sfumato.find_boundary, to start from its noise")
     command.add_argument("--compare", choices=("row", "none"), default="row", help="none: no pictures side by side")
     command.add_argument("--device", default=None, help="where to run; an accelerator if there is one")
+    command.add_argument("--resume", action="store_true", help="go on with a run that was cut short")
     command.set_defaults(run=_restore)
 
 

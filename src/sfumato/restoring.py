@@ -30,6 +30,10 @@ from sfumato.restoration.degradations import TASKS
 
 __all__ = ["RestoringConfig", "run_restore"]
 
+RESULT_FILE = "restored.json"
+MAY_CHANGE = {"output", "batch_size", "device", "resume"}
+"""Settings that a run which goes on may be given anew: they do not change what it does."""
+
 FAULTS = (ValueError, OSError, RuntimeError, MemoryError)
 """What one picture may end in, and not the others: it is broken, too large, or its result can't be written."""
 NAME_BYTES = 200
@@ -42,7 +46,7 @@ class RestoringConfig:
 
     Attributes:
         images: Files of pictures, and folders of such.
-        output: A new or empty folder.
+        output: A new or empty folder; with `resume` that of a run that was cut short.
         model: ``"atelier-sr"``, ``"atelier-inpaint"``, or a folder that ``save_pretrained`` of a restoration pipeline
             wrote.
         task: What is expected of the model: ``"sr"``, ``"inpaint"``, ``"denoise"`` or ``"deblur"``; None takes what
@@ -58,6 +62,7 @@ class RestoringConfig:
         device: Where to run, or None for an accelerator if there is one.
         boundary: A file of `sfumato.find_boundary`, whose noise all pictures start from.
         compare: ``"row"`` writes each picture beside what came of it, ``"none"`` does not.
+        resume: Go on with a run that was cut short: what it has restored stays, what failed is tried again.
     """
 
     images: Sequence[str]
@@ -74,6 +79,7 @@ class RestoringConfig:
     device: str | None = None
     boundary: str | None = None
     compare: str = "row"
+    resume: bool = False
 
 
 @dataclass
@@ -93,20 +99,22 @@ def run_restore(config: RestoringConfig) -> dict[str, Any]:
         config: What and how.
 
     Returns:
-        What ``restored.json`` holds: the settings, the model, and, under ``pictures`` and ``failures``, what became of
-        each (``comparison_error`` says why one has no comparison). Beside it are the restored pictures, as PNG of 8
-        bits, or of 16 for grey pictures of 16 bits (PIL reads no others), and, under ``comparisons``, each beside its
-        original.
+        What ``restored.json`` holds, which is written after each batch: the settings, the model, under ``pictures``
+        and ``failures`` what became of each (``comparison_error`` says why one has no comparison), and, as
+        ``remaining``, how many are still to come. Beside it are the restored pictures, as PNG of 8 bits, or of 16 for
+        grey pictures of 16 bits (PIL reads no others), and, under ``comparisons``, each beside its original.
 
     Raises:
-        FileExistsError: If the output folder holds something.
+        FileExistsError: If the output folder holds something, and not, with `resume`, a run that was cut short.
         FileNotFoundError: If a picture, the mask, the boundary or the model is missing.
         OSError: If the disk is full.
-        ValueError: If the settings, or the model, do not fit the task.
+        ValueError: If the settings, or the model, do not fit the task, or the run to go on with is another.
     """
-    output = storage.check_output_dir(config.output, own=frozenset())
+    output = Path(config.output)
     _check_settings(config)
     jobs = _jobs(_files(config.images))
+    own = _own_files(output, jobs)
+    storage.check_output_dir(output, resume=config.resume, own=own)
     mask = None if config.mask is None else _read(Path(config.mask))
     boundary = None if config.boundary is None else Boundary.load(config.boundary)
     pipe = _load(config)
@@ -120,20 +128,26 @@ def run_restore(config: RestoringConfig) -> dict[str, Any]:
     call |= {} if boundary is None else {"latents": boundary.noise_for(pipe, config.num_inference_steps)}
     call |= {} if mask is None else {"mask_image": mask}
     _check_fit(pipe, jobs, config, call)
-    report: dict[str, Any] = {"settings": asdict(config), **_facts(pipe), "pictures": [], "failures": []}
-    batches = [jobs[first : first + config.batch_size] for first in range(0, len(jobs), config.batch_size)]
-    with storage.claimed(output, own=frozenset()), _full_disk_explained(output):
-        for batch in Track(batches, "restore", shown=len(jobs) > 1):  # one picture's bar is the pipeline's own
+    settings = json.loads(json.dumps({name: value for name, value in asdict(config).items() if name != "resume"}))
+    report: dict[str, Any] = {"settings": settings, **_facts(pipe), "pictures": [], "failures": []}
+    with storage.claimed(output, resume=config.resume, own=own), _full_disk_explained(output):
+        report["pictures"] = _restored_before(output, report, jobs)
+        done = {picture["source"] for picture in report["pictures"]}
+        waiting = [job for job in jobs if str(job.source) not in done]
+        _note(output, report, len(waiting))
+        batches = [waiting[first : first + config.batch_size] for first in range(0, len(waiting), config.batch_size)]
+        before = -(-len(done) // config.batch_size)
+        for batch in Track(batches, "restore", shown=len(jobs) > 1, start=before):  # one picture's bar is the pipe's
             for job, restored, seconds in _restore(pipe, batch, call, config.seed):
                 facts = None if restored is None else _written(output, job, restored)
-                if restored is None or facts is None:
+                if restored is not None and facts is not None:
+                    if config.compare == "row":
+                        facts |= _compared(output, job, restored, mask, pipe.config.scale)
+                    report["pictures"].append({"source": str(job.source), **facts, "seconds": seconds})
+                else:
                     report["failures"].append({"source": str(job.source), "error": job.error})
-                    continue
-                if config.compare == "row":
-                    facts |= _compared(output, job, restored, mask, pipe.config.scale)
                 job.image = None  # a folder of pictures need not stay in memory
-                report["pictures"].append({"source": str(job.source), **facts, "seconds": seconds})
-        storage.write_text(output / "restored.json", json.dumps(report, indent=1))
+            _note(output, report, report["remaining"] - len(batch))
     return report
 
 
@@ -147,6 +161,50 @@ def _check_settings(config: RestoringConfig) -> None:
         raise ValueError(f"`compare` must be row or none, got {config.compare!r}.")
     if config.batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {config.batch_size}.")
+
+
+def _own_files(output: Path, jobs: Sequence[_Job]) -> frozenset[str]:
+    """What a run leaves in its folder, if there is one in it; raises a FileExistsError if nothing is left to do."""
+    path = output / RESULT_FILE
+    if not path.is_file():
+        return frozenset()
+    earlier = storage.read_json(path)
+    if not earlier.get("remaining") and not earlier.get("failures"):
+        raise FileExistsError(f"{output} already holds restored pictures. Choose an empty or new output folder.")
+    return frozenset({RESULT_FILE, "comparisons", *(f"{job.name}.png" for job in jobs)})
+
+
+def _restored_before(output: Path, report: dict[str, Any], jobs: Sequence[_Job]) -> list[dict[str, Any]]:
+    """The pictures that an earlier start of this run has restored; raises a ValueError if it is another run's folder.
+
+    Pictures may have been added since, as long as none of them takes the name of another.
+    """
+    path = output / RESULT_FILE
+    if not path.is_file():
+        return []
+    earlier = storage.read_json(path)
+    there: Any = earlier.get("settings")
+    here = report["settings"]
+    known = isinstance(there, dict) and isinstance(earlier.get("pictures"), list)
+    differing = [name for name in here if name not in MAY_CHANGE and known and there.get(name) != here[name]]
+    if not differing and earlier.get("fingerprints") != report["fingerprints"]:
+        differing = ["model's weights"]
+    names = {str(job.source): f"{job.name}.png" for job in jobs}
+    found: list[dict[str, Any]] = earlier["pictures"] if known else []
+    if not differing and any(names.get(picture["source"]) != picture["file"] for picture in found):
+        differing = ["pictures"]
+    if not known or differing:
+        raise ValueError(
+            f"{output} holds another run: its {', '.join(differing or ['report'])} differ. Resume with the same"
+            " settings, or choose another output folder."
+        )
+    return [picture for picture in found if (output / picture["file"]).is_file()]
+
+
+def _note(output: Path, report: dict[str, Any], remaining: int) -> None:
+    """Write down how far the run has come."""
+    report["remaining"] = remaining
+    storage.write_text(output / RESULT_FILE, json.dumps(report, indent=1))
 
 
 def _files(images: Sequence[str]) -> list[Path]:
@@ -367,7 +425,9 @@ def _full_disk_explained(output: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise OSError(f"The disk of {output} is full ({error.strerror}): free some, or choose another.") from error
+        raise OSError(
+            f"The disk of {output} is full ({error.strerror}): free some space, and go on with --resume."
+        ) from error
 
 
 def _row(image: Image.Image, restored: Image.Image, mask: Any, scale: int) -> Image.Image:
