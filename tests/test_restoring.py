@@ -139,6 +139,16 @@ def test_a_broken_file_completes_the_rest_and_is_listed(model, tmp_path, capsys,
     assert "2 restored" in capsys.readouterr().out
 
 
+def test_pictures_that_are_refused_are_listed_by_their_path(model, tmp_path):
+    folder = tmp_path / "in"
+    save_picture(folder / "a.png")
+    Image.new("F", (6, 4), 7.0).save(folder / "b.tif")
+    Image.new("I", (6, 4), 70000).save(folder / "c.tif")
+    report = run(model, [str(folder)], tmp_path / "out")
+    for failure, name in zip(report["failures"], ("b.tif", "c.tif"), strict=True):
+        assert failure["error"].startswith(f"{folder / name}: `image` must have values in [0, 1]")
+
+
 def test_names_that_are_too_long_are_cut_and_stay_apart(model, tmp_path):
     folder = tmp_path / "in"
     for ending in ("a", "b"):

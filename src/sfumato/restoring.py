@@ -352,7 +352,7 @@ def _restore(
     for job in batch:
         try:
             job.image = _read(job.source)
-            read_pictures(job.image)
+            _named(job.image, job.source)
         except (ValueError, OSError) as error:
             job.image, job.error = None, str(error)
     for readable, group in groupby(batch, key=lambda job: job.image is not None):
