@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, ImagePipelineOutput, UNet2DModel, VQModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from .restoration import Generators, RestorationPipeline, decode_latents
+from .restoration import Generators, RestorationPipeline
 from .restoration_pictures import check_output_type, join_pictures, read_pictures
 from .restoration_tiles import Tiling
 
@@ -213,9 +213,9 @@ class RDDMPipeline(RestorationPipeline):
         with self.progress_bar(total=(1 + two_phase) * len(self.scheduler.timesteps)) as bar:
             predict = self._predictor(None, tiles)
             state = self._sample(None, noise, predict, generator, bar, eta=eta, two_phase=two_phase)
-        pixels = decode_latents(self.vae, state)[..., : size[0], : size[1]]
+        pixels = self._finished(state, *size).cpu()
         self.maybe_free_model_hooks()
-        return (pixels / 2 + 0.5).clamp(0, 1).cpu()
+        return pixels
 
     def _network(self, model_input: Tensor, timestep: Tensor) -> Tensor:
         if self.noise_unet is None:

@@ -451,7 +451,13 @@ class RestorationPipeline(DiffusionPipeline, ABC):
         condition = condition_on_grid(lq, mask, degraded.shape[-2:]) if self.config.conditioned else None
         predict = self._predictor(condition, tiles)
         state = self._sample(degraded, noise, predict, generator, bar, **settings)
+        return self._finished(state, height, width)
+
+    def _finished(self, state: Tensor, height: int, width: int) -> Tensor:
+        """Give the pictures ``(B, 3, H, W)`` in [0, 1] at the chain's end; not a number would become black."""
         pixels = decode_latents(self.vae, state)[..., :height, :width]
+        if not bool(pixels.isfinite().all()):
+            raise ValueError("The result has values that are not finite: check the weights, or run it in float32.")
         return (pixels / 2 + 0.5).clamp(0, 1)
 
     def _predictor(self, condition: Tensor | None, tiles: Tiles) -> Callable[[Tensor, Tensor], Tensor]:

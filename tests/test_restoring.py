@@ -149,6 +149,15 @@ def test_pictures_that_are_refused_are_listed_by_their_path(model, tmp_path):
         assert failure["error"].startswith(f"{folder / name}: `image` must have values in [0, 1]")
 
 
+def test_a_network_that_gives_no_numbers_restores_nothing(tmp_path):
+    pipe = sfumato.load(save_model(tmp_path / "model"))
+    torch.nn.init.constant_(pipe.unet.conv_out.bias, torch.nan)
+    pipe.save_pretrained(tmp_path / "model")
+    report = run(str(tmp_path / "model"), [save_picture(tmp_path / "a.png")], tmp_path / "out")
+    assert report["pictures"] == [] and not (tmp_path / "out" / "a.png").exists()
+    assert "a.png can't be restored (The result has values that are not finite" in report["failures"][0]["error"]
+
+
 def test_names_that_are_too_long_are_cut_and_stay_apart(model, tmp_path):
     folder = tmp_path / "in"
     for ending in ("a", "b"):

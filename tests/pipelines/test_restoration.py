@@ -335,6 +335,25 @@ def test_one_bar_counts_the_steps_of_all_sizes(restorers):
     assert "12/12" in bar.getvalue()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_result_that_is_not_finite_is_no_picture(restorers, kind, wrong):
+    pipe = restorers.pipe(kind, network=restorers.oracle, clip_sample=False)
+    heads = pipe.unet.config.out_channels
+    pipe.unet.answer = torch.zeros(2, heads, 4, 4)
+    assert len(pipe(pictures(2, 3, 4, 4), num_inference_steps=2).images) == 2
+    pipe.unet.answer[1, 0, 2, 3] = wrong
+    with pytest.raises(ValueError, match="values that are not finite: check the weights, or run it in float32"):
+        pipe(pictures(2, 3, 4, 4), num_inference_steps=2)
+
+
+def test_a_drawn_picture_that_is_not_finite_is_none(restorers):
+    pipe = restorers.pipe("rddm", conditioned=False, size=4, network=restorers.oracle)
+    pipe.unet.answer = torch.full((1, 6, 4, 4), torch.nan)
+    with pytest.raises(ValueError, match="values that are not finite"):
+        pipe(num_inference_steps=2)
+
+
 # ------------------------------------------------------------ what does not fit together
 
 
