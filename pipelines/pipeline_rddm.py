@@ -24,12 +24,16 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from .restoration import Generators, RestorationPipeline
+from .restoration_chain import Chain
 from .restoration_pictures import check_output_type, join_pictures, read_pictures
 from .restoration_tiles import Tiling
 
 __all__ = ["RDDMPipeline"]
 
 STEPS = 5
+NOISE = (
+    "beta_schedule", "beta_ratio", "sum_scale", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr",
+)  # fmt: skip
 TWO_HEADS = ("pred_res_noise", "pred_res_add_noise", "pred_x0_noise", "pred_x0_add_noise")
 
 
@@ -53,6 +57,7 @@ class RDDMPipeline(RestorationPipeline):
         prediction_type: Of the scheduler that the network was trained with, which is kept in the pipeline's folder;
             None takes that of `scheduler`, others are refused.
         num_train_timesteps: Likewise.
+        chain: Likewise, what else of that scheduler's config the network is bound to, by name.
 
     Raises:
         ValueError: If networks, scheduler and settings do not fit together.
@@ -75,12 +80,13 @@ class RDDMPipeline(RestorationPipeline):
         conditioned: bool = True,
         prediction_type: str | None = None,
         num_train_timesteps: int | None = None,
+        chain: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae, noise_unet=noise_unet)
         self._register(
             scale=scale, patch_size=patch_size, masked=masked, conditioned=conditioned,
-            prediction_type=prediction_type, num_train_timesteps=num_train_timesteps,
+            prediction_type=prediction_type, num_train_timesteps=num_train_timesteps, chain=chain,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -154,6 +160,12 @@ class RDDMPipeline(RestorationPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     # ------------------------------------------------------------ before any network runs
+
+    def _chain(self) -> Chain:
+        config = getattr(self.scheduler, "config", {})
+        if not str(config.get("prediction_type")).startswith("pred_"):  # of DDPM, where the residual is free
+            return Chain(NOISE, tables=("alphas_cumprod",))
+        return Chain(("alpha_schedule", "alpha_ratio", *NOISE), tables=("alphas_cumsum", "betas2_cumsum"))
 
     def _networks(self) -> dict[str, int]:
         kind = self.scheduler.config.prediction_type

@@ -29,6 +29,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from .restoration import Generators, RestorationPipeline
+from .restoration_chain import Chain
 from .restoration_pictures import check_output_type, join_pictures, read_pictures
 from .restoration_tiles import Tiling
 
@@ -52,6 +53,7 @@ class ResShiftPipeline(RestorationPipeline):
         prediction_type: Of the scheduler that the network was trained with, which is kept in the pipeline's folder;
             None takes that of `scheduler`, others are refused.
         num_train_timesteps: Likewise.
+        chain: Likewise, what else of that scheduler's config the network is bound to, by name.
 
     Raises:
         ValueError: If network, scheduler and settings do not fit together.
@@ -70,12 +72,13 @@ class ResShiftPipeline(RestorationPipeline):
         conditioned: bool = True,
         prediction_type: str | None = None,
         num_train_timesteps: int | None = None,
+        chain: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self._register(
             scale=scale, patch_size=patch_size, masked=masked, conditioned=conditioned,
-            prediction_type=prediction_type, num_train_timesteps=num_train_timesteps,
+            prediction_type=prediction_type, num_train_timesteps=num_train_timesteps, chain=chain,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -140,6 +143,9 @@ class ResShiftPipeline(RestorationPipeline):
                 f" `latent_space` is {config.latent_space}, which scales what the network is given otherwise: make it"
                 f" with latent_space={latent}."
             )
+
+    def _chain(self) -> Chain:
+        return Chain(("min_noise_level", "kappa", "power", "etas_end", "normalize_input"))
 
     def _networks(self) -> dict[str, int]:
         return {"unet": 1}

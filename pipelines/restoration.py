@@ -34,6 +34,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, VQModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .restoration_chain import TRAINED_WITH, Chain, raise_other
 from .restoration_pictures import Picture, finish_picture, read_masks
 from .restoration_tiles import Tiles, Tiling
 
@@ -42,7 +43,6 @@ __all__ = [
     "encode_pixels", "network_input", "network_output", "pad_to_multiple",
 ]  # fmt: skip
 
-TRAINED_WITH = ("prediction_type", "num_train_timesteps")  # of a scheduler's config: what a network is bound to
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -231,6 +231,7 @@ class RestorationPipeline(DiffusionPipeline, ABC):
         prediction_type: Of the scheduler that the network was trained with, which is kept in the pipeline's folder;
             None takes that of `scheduler`, others are refused.
         num_train_timesteps: Likewise.
+        chain: Likewise, what else of that scheduler's config the network is bound to, by name.
 
     Raises:
         ValueError: If network, scheduler and settings do not fit together.
@@ -283,6 +284,10 @@ class RestorationPipeline(DiffusionPipeline, ABC):
         self, degraded: Tensor | None, noise: Tensor, predict: Any, generator: Generators, bar: Any, **settings: Any
     ) -> Tensor:
         """Run the chain from noise ``(B, C, h, w)`` to its end; ``predict(state, t)`` calls the network."""
+
+    @abstractmethod
+    def _chain(self) -> Chain:
+        """What of the scheduler the networks are bound to."""
 
     @abstractmethod
     def _networks(self) -> dict[str, int]:
@@ -348,11 +353,11 @@ class RestorationPipeline(DiffusionPipeline, ABC):
         self.scheduler.set_timesteps(self._default_steps if num_inference_steps is None else num_inference_steps)
         return len(self.scheduler.timesteps)
 
-    def _register(self, **settings: Any) -> None:
+    def _register(self, chain: dict[str, Any] | None, **settings: Any) -> None:
         """Note settings, and what the network was trained with, in the config; see that all fits together."""
         own = getattr(self.scheduler, "config", {})
         known = {name: own.get(name) if settings[name] is None else settings[name] for name in TRAINED_WITH}
-        self.register_to_config(**{**settings, **known})
+        self.register_to_config(**{**settings, **known}, chain=self._chain().of(self.scheduler, chain))
         self._check_components()
 
     def _check_components(self) -> None:
@@ -370,10 +375,8 @@ class RestorationPipeline(DiffusionPipeline, ABC):
             )
         for name in TRAINED_WITH:
             if self.config[name] != self.scheduler.config[name]:
-                raise ValueError(
-                    f"The network was trained with a scheduler of `{name}` {self.config[name]!r}, this one has"
-                    f" {self.scheduler.config[name]!r}: keep the scheduler that came with the model."
-                )
+                raise_other(name, self.config[name], self.scheduler.config[name])
+        self._chain().check(self.scheduler, self.config.chain)
         told = condition_channels(scale, self.shrink, masked) if self.config.conditioned else 0
         for name, heads in self._networks().items():
             config = getattr(self, name).config

@@ -19,6 +19,8 @@ from sfumato.pipelines.restoration import (
 )
 
 KINDS = ("resshift", "rddm")
+RESSHIFT_CHAINS = {"min_noise_level": 0.1, "kappa": 1.0, "power": 0.5, "etas_end": 0.9, "normalize_input": False}
+RDDM_CHAINS = {"sum_scale": 1.0, "alpha_schedule": "average", "alpha_ratio": 2.0, "beta_schedule": "linear"}
 
 
 def seeded(seed=0):
@@ -396,6 +398,8 @@ def test_a_sampler_that_is_exchanged_later_is_checked_by_the_call(restorers):
     [
         ("resshift", {"prediction_type": "residual"}), ("resshift", {"num_train_timesteps": 15}),
         ("rddm", {"prediction_type": "pred_x0_noise"}), ("rddm", {"num_train_timesteps": 500}),
+        *[("resshift", {name: value}) for name, value in RESSHIFT_CHAINS.items()],
+        *[("rddm", {name: value}) for name, value in RDDM_CHAINS.items()],
     ],
 )  # fmt: skip
 def test_a_folder_is_not_loaded_with_the_sampler_of_another_model(restorers, kind, changed, tmp_path):
@@ -403,16 +407,50 @@ def test_a_folder_is_not_loaded_with_the_sampler_of_another_model(restorers, kin
     pipe.save_pretrained(tmp_path)
     other = type(pipe.scheduler).from_config(pipe.scheduler.config, **changed)
     ((name, value),) = changed.items()
-    assert sfumato.load(tmp_path).config[name] == pipe.scheduler.config[name]
+    config = sfumato.load(tmp_path).config
+    assert {**config, **config.chain}[name] == pipe.scheduler.config[name]
     with pytest.raises(ValueError, match=f"trained with a scheduler of `{name}` .* this one has {value!r}: keep"):
         type(pipe).from_pretrained(tmp_path, scheduler=other)
     with pytest.raises(ValueError, match=f"trained with a scheduler of `{name}`"):
         type(pipe).from_pipe(pipe, scheduler=other)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    for known in ("prediction_type", "num_train_timesteps"):
+    for known in ("chain", "prediction_type", "num_train_timesteps"):
         del index[known]
-    (tmp_path / "model_index.json").write_text(json.dumps(index))  # as earlier releases wrote it
-    assert type(pipe).from_pretrained(tmp_path).config[name] == pipe.scheduler.config[name]
+        (tmp_path / "model_index.json").write_text(json.dumps(index))  # as earlier releases wrote it
+        config = type(pipe).from_pretrained(tmp_path).config
+        assert {**config, **config.chain}[name] == pipe.scheduler.config[name]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        ("resshift", {"clip_sample": False}), ("rddm", {"clip_sample": False, "clip_sample_range": 2.0}),
+        ("rddm", {"timestep_spacing": "trailing"}), ("rddm", {"beta_start": 0.1}),  # there are no betas
+    ],
+    ids=["resshift-clip", "rddm-clip", "rddm-spacing", "rddm-betas"],
+)  # fmt: skip
+def test_what_is_not_of_the_chain_may_be_chosen_and_so_may_the_steps(restorers, kind, changed, tmp_path):
+    pipe = restorers.pipe(kind)
+    pipe.save_pretrained(tmp_path)
+    other = type(pipe.scheduler).from_config(pipe.scheduler.config, **changed)
+    loaded = type(pipe).from_pretrained(tmp_path, scheduler=other)
+    for steps in (1, 3):
+        assert restore(loaded, pictures(3, 4, 4), num_inference_steps=steps).shape == (1, 3, 4, 4)
+
+
+def test_a_model_of_ddpm_is_bound_to_its_betas_and_free_in_the_residual(restorers):
+    from diffusers import DDIMScheduler
+
+    unet, stock = restorers.unet(3, 3, size=8), DDIMScheduler()
+    pipe = sfumato.RDDMPipeline(unet, sfumato.RDDMScheduler.from_config(stock.config), conditioned=False)
+    pipe.set_progress_bar_config(disable=True)
+    same = sfumato.RDDMScheduler.from_alphas_cumprod(stock.alphas_cumprod)
+    for scheduler in (same, sfumato.RDDMScheduler.from_config(pipe.scheduler.config, alpha_schedule="average")):
+        pipe.scheduler = scheduler
+        assert pipe(num_inference_steps=2, output_type="pt").images.isfinite().all()
+    pipe.scheduler = sfumato.RDDMScheduler.from_config(DDIMScheduler(beta_end=0.01).config)
+    with pytest.raises(ValueError, match="trained with a scheduler of `beta_end` 0.02, this one has 0.01: keep"):
+        pipe(num_inference_steps=2)
 
 
 def test_a_sampler_that_scales_for_latents_is_refused_in_pixels_and_the_other_way_round(restorers):
