@@ -215,6 +215,20 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(tmp_path, renders, cha
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["data", "held_out"])
+def test_a_result_among_the_pictures_is_refused(tmp_path, renders, name):
+    inner, link = tmp_path / "photos" / "runs" / "out", tmp_path / "link"
+    (tmp_path / "photos").mkdir()
+    for file in sorted(Path(renders).glob("*.png"))[:12]:
+        shutil.copy(file, tmp_path / "photos")
+    link.symlink_to(tmp_path / "photos", target_is_directory=True)
+    for photos in (tmp_path / "photos", link):
+        with pytest.raises(ValueError, match=f"lies in `{name}`, .*{photos.name}, .*: choose one elsewhere"):
+            run(inner, **{"data": renders, "job": {name: str(photos)}})
+    assert not inner.parent.exists()
+    run(tmp_path / "photos-out", str(tmp_path / "photos"), steps=1, job={"batch_size": 2})  # beside it
+
+
 def test_a_folder_without_an_autoencoder_is_refused(tmp_path, renders):
     with pytest.raises(ValueError, match=r"holds no autoencoder: there is no config\.json"):
         run(tmp_path / "out", renders, network={"vae": renders})

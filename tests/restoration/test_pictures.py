@@ -125,6 +125,16 @@ def test_folders_without_a_usable_picture_are_refused(tmp_path):
         folder_pictures(tmp_path, 16, unfit="skip", shown=False)
 
 
+def test_hidden_files_are_left_out(folder):
+    before = folder_pictures(folder, 16, shown=False).facts()
+    for hidden in (folder / "._0.png", folder / ".thumbnails" / "0.png", folder / "inner" / ".cache" / "a" / "0.png"):
+        hidden.parent.mkdir(parents=True, exist_ok=True)
+        hidden.write_bytes((folder / "0.png").read_bytes())
+    assert folder_pictures(folder, 16, shown=False).facts() == before
+    within = folder / ".thumbnails"  # whoever names a hidden folder means it
+    assert len(folder_pictures(within, 16, shown=False)) == 1
+
+
 def test_what_is_held_out_is_not_trained_on(folder):
     source = folder_pictures(folder, 16, shown=False)
     kept, held_out = split(source, 64, seed=0)

@@ -208,6 +208,7 @@ def train_restoration(
         MemoryError: If the memory does not suffice; the last checkpoint is kept.
     """
     began = time.perf_counter()
+    _check_apart(job)
     folder = storage.check_output_dir(job.output, resume=job.resume, own=OWN_FILES)
     asked = None if method.generation else degradation
     if asked is not None:
@@ -238,6 +239,17 @@ def train_restoration(
             run.write(pipe, history, {**parts, "training": training})
         accelerator.wait_for_everyone()
     return pipe
+
+
+def _check_apart(job: JobConfig) -> None:
+    """Raise a ValueError if what the run draws would lie among the pictures that it learns from."""
+    for name, place in (("data", job.data), ("held_out", job.held_out)):
+        named = place is not None and place != "atelier" and Path(place).is_dir()
+        if named and Path(job.output).resolve().is_relative_to(Path(str(place)).resolve()):
+            raise ValueError(
+                f"The output folder {job.output} lies in `{name}`, {place}, and the pictures that are written there"
+                " would be taken for pictures to learn from: choose one elsewhere."
+            )
 
 
 def _network(method: Method, config: NetworkConfig, grid: Grid, seed: int) -> Any:

@@ -235,7 +235,7 @@ def folder_pictures(
     """Open a folder of pictures.
 
     Args:
-        folder: Searched for picture files, folders in it too.
+        folder: Searched for picture files, folders in it too; hidden ones are left out.
         size: Of the crops.
         unfit: See `Crops`.
         without: A folder whose pictures are left out: those that are validated with.
@@ -263,8 +263,12 @@ def folder_pictures(
 
 
 def _picture_files(folder: str | Path) -> list[Path]:
-    """Files of a folder that are pictures by their names, in order."""
-    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    """Files of a folder that are pictures by their names, and neither hidden nor in a hidden folder, in order."""
+    files = sorted(
+        file for file in Path(folder).rglob("*")
+        if file.suffix.lower() in SUFFIXES and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )  # fmt: skip
     if not files:
         raise FileNotFoundError(f"There are no pictures ({', '.join(sorted(SUFFIXES))}) in {folder}.")
     return files
