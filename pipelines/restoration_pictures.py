@@ -73,7 +73,8 @@ def read_masks(mask_image: Any, pictures: Sequence[Picture]) -> list[Tensor]:
     """Read masks.
 
     Args:
-        mask_image: As `read_pictures` takes them; white, from one half on, is to be filled. One serves all pictures.
+        mask_image: As `read_pictures` takes them; white, from one half on, is to be filled, and what is transparent is
+            black. One serves all pictures.
         pictures: What they belong to.
 
     Returns:
@@ -93,7 +94,8 @@ def read_masks(mask_image: Any, pictures: Sequence[Picture]) -> list[Tensor]:
                 f"`mask_image` must have the picture's size: its height and width are {mask.size}, the picture's"
                 f" {picture.size}."
             )
-        hole = mask.pixels.mean(dim=0, keepdim=True) >= 0.5
+        white = mask.pixels.mean(dim=0, keepdim=True)
+        hole = (white if mask.alpha is None else white * mask.alpha) >= 0.5
         if not bool(hole.any()):
             raise ValueError("`mask_image` marks nothing: paint white what is to be filled.")
         holes.append(hole)

@@ -165,6 +165,18 @@ def test_one_mask_serves_all_and_white_is_filled():
     assert torch.equal(read_masks(torch.eye(2), pictures[:1])[0][0], torch.eye(2).bool())
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_what_is_transparent_in_a_mask_is_not_filled(mode):
+    picture = read_pictures(torch.rand(3, 2, 2))
+    mask = Image.new(mode, (2, 2), "white")
+    mask.putalpha(Image.frombytes("L", (2, 2), bytes([0, 127, 128, 255])))
+    for given in (mask, np.asarray(mask)):
+        assert read_masks(given, picture)[0].tolist() == [[[False, False], [True, True]]]
+    mask.putalpha(0)
+    with pytest.raises(ValueError, match="marks nothing: paint white"):
+        read_masks(mask, picture)
+
+
 def test_transparency_grows_with_the_picture():
     (picture,) = read_pictures(np.dstack([np.zeros((2, 2, 3)), np.array([[0.0, 1.0], [0.0, 1.0]])]))
     grown = finish_picture(picture, torch.rand(3, 8, 8), None, 4)
