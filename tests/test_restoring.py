@@ -349,7 +349,7 @@ def test_noise_of_another_search_is_refused_once(model, tmp_path):
 def test_a_task_is_held_against_the_one_that_the_model_was_trained_for(tmp_path):
     image, model = save_picture(tmp_path / "a.png"), save_model(tmp_path / "model", scale=1)
     run(model, [image], tmp_path / "free", task="deblur")  # nothing tells
-    for content in ({}, {"settings": {"degradation": None}}, {"settings": []}):
+    for content in ({}, {"settings": {"degradation": []}}, {"settings": []}):
         (tmp_path / "model" / "manifest.json").write_text(json.dumps(content))
         run(model, [image], tmp_path / f"free{len(str(content))}", task="deblur")
     (tmp_path / "model" / "manifest.json").write_text(json.dumps({"settings": {"degradation": {"task": "denoise"}}}))
@@ -357,6 +357,14 @@ def test_a_task_is_held_against_the_one_that_the_model_was_trained_for(tmp_path)
         run(model, [image], tmp_path / "out", task="deblur")
     assert not (tmp_path / "out").exists()
     run(model, [image], tmp_path / "out", task="denoise")
+
+
+def test_a_model_that_draws_pictures_restores_none(tmp_path):
+    image, model = save_picture(tmp_path / "a.png"), save_model(tmp_path / "model", scale=1)
+    (tmp_path / "model" / "manifest.json").write_text(json.dumps({"settings": {"degradation": None}}))
+    with pytest.raises(ValueError, match="model was trained to draw pictures, not to restore any"):
+        run(model, [image], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_noise_that_was_searched_is_started_from(model, tmp_path):

@@ -284,10 +284,12 @@ def _able(model: str, scale: int, masked: bool) -> tuple[str, ...]:
     """Tasks that a model may be for: the one that it was trained for, if its manifest says that."""
     able = ("inpaint",) if masked else ("sr",) if scale > 1 else ("denoise", "deblur")
     manifest = folder_of(model) / "manifest.json"
-    facts: Any = storage.read_json(manifest) if manifest.is_file() else {}
-    for name in ("settings", "degradation", "task"):
-        facts = facts.get(name) if isinstance(facts, dict) else None
-    return (facts,) if facts in able else able
+    facts: Any = storage.read_json(manifest).get("settings") if manifest.is_file() else {}
+    degradation = facts.get("degradation", {}) if isinstance(facts, dict) else {}
+    if degradation is None:
+        raise ValueError(f"{model} was trained to draw pictures, not to restore any: name a model that was.")
+    task: Any = degradation.get("task") if isinstance(degradation, dict) else None
+    return (task,) if task in able else able
 
 
 def _check_fit(pipe: Any, jobs: Sequence[_Job], config: RestoringConfig, call: dict[str, Any]) -> None:
