@@ -215,6 +215,17 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(tmp_path, renders, cha
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [({"task": "inpaint"}, "task='inpaint', scale=1"), ({"degradation": {"noise": 0.1}}, "noise=0.1")],
+    ids=["task", "noise"],
+)
+def test_generation_undoes_nothing(tmp_path, renders, asked, named):
+    with pytest.raises(ValueError, match=f"`generation` draws pictures and undoes nothing: leave out {named}."):
+        run(tmp_path / "out", renders, "rddm", settings={"generation": True}, **asked)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["data", "held_out"])
 def test_a_result_among_the_pictures_is_refused(tmp_path, renders, name):
     inner, link = tmp_path / "photos" / "runs" / "out", tmp_path / "link"

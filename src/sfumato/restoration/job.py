@@ -210,6 +210,8 @@ def train_restoration(
     began = time.perf_counter()
     _check_apart(job)
     folder = storage.check_output_dir(job.output, resume=job.resume, own=OWN_FILES)
+    if method.generation:
+        _check_nothing_degraded(degradation)
     asked = None if method.generation else degradation
     if asked is not None:
         asked.check(job.side)
@@ -239,6 +241,14 @@ def train_restoration(
             run.write(pipe, history, {**parts, "training": training})
         accelerator.wait_for_everyone()
     return pipe
+
+
+def _check_nothing_degraded(degradation: Degradation) -> None:
+    """Raise a ValueError for what is asked to be undone, where pictures are drawn from nothing."""
+    plain = asdict(Degradation())
+    asked = [f"{name}={value!r}" for name, value in asdict(degradation).items() if value != plain[name]]
+    if asked:
+        raise ValueError(f"`generation` draws pictures and undoes nothing: leave out {', '.join(asked)}.")
 
 
 def _check_apart(job: JobConfig) -> None:
