@@ -17,6 +17,7 @@ from sfumato import storage
 from sfumato.evaluation.report import picture_grid
 from sfumato.families import latent_space_of
 from sfumato.inversion import Edit, Inversion, edit_inverted, invert, make_sampler
+from sfumato.settings import check_device
 
 __all__ = ["EditingConfig", "run_edit"]
 
@@ -70,6 +71,7 @@ def run_edit(config: EditingConfig) -> dict[str, Any]:
         FileNotFoundError: If there is no such picture.
         ValueError: If it can't be read as one, or the settings are impossible.
     """
+    check_device(config.device)
     output = Path(config.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} already holds something. Choose a new or empty output folder.")

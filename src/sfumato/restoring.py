@@ -27,6 +27,7 @@ from sfumato.pipelines.restoration import RestorationPipeline, degraded_start
 from sfumato.pipelines.restoration_pictures import Picture, read_masks, read_pictures
 from sfumato.progress import Track
 from sfumato.restoration.degradations import TASKS
+from sfumato.settings import check_device
 
 __all__ = ["RestoringConfig", "run_restore"]
 
@@ -155,6 +156,7 @@ def run_restore(config: RestoringConfig) -> dict[str, Any]:
 
 
 def _check_settings(config: RestoringConfig) -> None:
+    check_device(config.device)
     if config.task not in (None, *TASKS):
         raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {config.task!r}.")
     if config.compare not in ("row", "none"):

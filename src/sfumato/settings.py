@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["check_ranges", "check_seed", "check_types"]
+__all__ = ["check_device", "check_ranges", "check_seed", "check_types"]
 
 _KINDS: dict[type, tuple[Any, str]] = {
     bool: (bool, "True or False"),
@@ -68,6 +68,23 @@ def check_seed(seed: int) -> None:
     """Raise a ValueError unless torch can take a seed."""
     if not 0 <= seed < 2**63:
         raise ValueError(f"`seed` must be a whole number from 0 to 2^63 - 1, got {seed}.")
+
+
+def check_device(device: str | None) -> None:
+    """Raise a ValueError unless this machine has a device.
+
+    Args:
+        device: As torch names it, such as ``"cuda:1"``; None stands for whatever there is.
+    """
+    if device is None:
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        raise ValueError(f"`device` {device!r} can't be used here ({reason}): leave it out, or name one.") from error
 
 
 def _checked(name: str, value: Any, kind: type) -> Any:

@@ -18,6 +18,7 @@ from sfumato.attacks.results import RESULT_FILE, summary
 from sfumato.concepts import resolve
 from sfumato.evaluation.detectors import detector_for, find_detector
 from sfumato.evaluation.evaluate import named_original
+from sfumato.settings import check_device
 from sfumato.trainer import process_group
 
 __all__ = ["AttackJob", "main"]
@@ -57,6 +58,10 @@ class AttackJob:
     resume: bool = False
     device: str | None = None
     dtype: str = field(default="float32", metadata={"choices": ["float32", "bfloat16", "float16"]})
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the models."""
+        check_device(self.device)
 
 
 def main(method: str, arguments: Sequence[str]) -> None:

@@ -45,7 +45,7 @@ from sfumato.evaluation.pictures import Request
 from sfumato.evaluation.scores import read_sightings
 from sfumato.evaluation.standings import as_csv, as_markdown, asked_of, expected, standings
 from sfumato.families import StableDiffusion, family_of
-from sfumato.settings import check_ranges, check_seed, check_types
+from sfumato.settings import check_device, check_ranges, check_seed, check_types
 from sfumato.unlearning.methods import METHODS, configure, method_named
 from sfumato.unlearning.result import FORMATS
 
@@ -146,6 +146,7 @@ class BenchmarkConfig:
             check_seed(seed)
         for name, settings in self.settings_of_attacks.items():
             attack_named(name).config(**settings)
+        check_device(self.device)
 
     @property
     def seed_numbers(self) -> list[int]:

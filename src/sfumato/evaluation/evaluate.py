@@ -27,7 +27,7 @@ from sfumato.evaluation.scores import FINDINGS_FILE, Sighting, read_sightings, t
 from sfumato.evaluation.sheet import free_sheet, vocabulary_sheet
 from sfumato.families import family_of
 from sfumato.memory import peak_memory_mb, reset_peak_memory
-from sfumato.settings import check_seed, check_types
+from sfumato.settings import check_device, check_seed, check_types
 from sfumato.trainer import process_group
 
 __all__ = ["Evaluation", "EvaluationConfig", "evaluate", "release_bytes", "rescore"]
@@ -90,6 +90,7 @@ class EvaluationConfig:
         """Check the numbers."""
         check_types(self)
         check_seed(self.seed)
+        check_device(self.device)
         lowest = {"forget_repeats": 1, "retain_repeats": 1, "num_inference_steps": 1, "batch_size": 1, "resamples": 2}
         for name, least in lowest.items():
             value = getattr(self, name)
