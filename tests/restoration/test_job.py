@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -320,6 +321,19 @@ def test_curves_leave_out_rows_without_the_score(tmp_path):
     looking.rows = [{"step": 2, "psnr": {"value": 1.0}, "distance": {"value": 1.0}}, {"step": 4, "psnr": {"value": 2}}]
     looking.draw_curves(tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size
+
+
+def test_curves_that_are_not_drawn_are_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("sfumato.restoration.validation.find_spec", lambda name: None)
+    looking = Validation(HeldOut(torch.zeros(2, 3, 16, 16), None, 0), 1, None, tmp_path)
+    looking.draw_curves(tmp_path / "curves.png")
+    assert caplog.messages == []  # there is nothing to draw
+    looking.rows = [{"step": 2, "psnr": {"value": 1.0}}]
+    looking.draw_curves(tmp_path / "curves.png")
+    assert caplog.messages == ["curves.png is left out: it is drawn by matplotlib (pip install 'sfumato[train]')."]
+    assert not (tmp_path / "curves.png").exists()
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert any(line.startswith("matplotlib") for line in project["optional-dependencies"]["train"])
 
 
 def command(output, *arguments):

@@ -7,6 +7,7 @@ and ``curves.png`` shows the rows at the end.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +36,8 @@ __all__ = [
     "picture_of",
     "restore",
 ]
+
+logger = logging.getLogger(__name__)
 
 ROWS_FILE, PICTURES_FOLDER, CURVES_FILE = FILES = ("validation.json", "validation", "curves.png")
 SHOWN = 8  # rows of the picture, at the most
@@ -226,7 +229,10 @@ class Validation:
     def draw_curves(self, file: Path) -> None:
         """Draw the scores over the steps, with their intervals, if matplotlib is installed and there are some."""
         measured = [name for name in LABELS if any(name in row for row in self.rows)]
-        if not measured or find_spec("matplotlib") is None:
+        if not measured:
+            return
+        if find_spec("matplotlib") is None:
+            logger.warning("%s is left out: it is drawn by matplotlib (pip install 'sfumato[train]').", file.name)
             return
         from matplotlib.figure import Figure
 
