@@ -21,6 +21,7 @@ _HOMES = {
     "Judge": "sfumato.evaluation.judge",
     "MinorityGuidancePipeline": "sfumato.pipelines.pipeline_minority_guidance",
     "MinorityGuidanceScheduler": "sfumato.schedulers.scheduling_minority_guidance",
+    "OneMoreStepPipeline": "sfumato.pipelines.pipeline_one_more_step",
     "RDDMPipeline": "sfumato.pipelines.pipeline_rddm",
     "RDDMScheduler": "sfumato.schedulers.scheduling_rddm",
     "ResShiftPipeline": "sfumato.pipelines.pipeline_resshift",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from sfumato.pipelines.pipeline_class_conditional import ClassConditionalPipeline as ClassConditionalPipeline
     from sfumato.pipelines.pipeline_infedit import InfEditPipeline as InfEditPipeline
     from sfumato.pipelines.pipeline_minority_guidance import MinorityGuidancePipeline as MinorityGuidancePipeline
+    from sfumato.pipelines.pipeline_one_more_step import OneMoreStepPipeline as OneMoreStepPipeline
     from sfumato.pipelines.pipeline_rddm import RDDMPipeline as RDDMPipeline
     from sfumato.pipelines.pipeline_resshift import ResShiftPipeline as ResShiftPipeline
     from sfumato.releasing.core import release as release
