@@ -491,6 +491,9 @@ class RestorationPipeline(DiffusionPipeline, ABC):
         self, groups: dict[tuple[int, int], list[int]], count: int, generator: Generators, latents: Tensor | None
     ) -> None:
         """Raise a ValueError for generators or noise that do not fit the pictures."""
+        for one in generator if isinstance(generator, list) else [generator]:
+            if not isinstance(one, torch.Generator | None):
+                raise ValueError(f"`generator` must be a torch.Generator or a list of such, got {one!r}.")
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"`generator` must be one or a list of {count}, one a picture, got {len(generator)}.")
         if latents is None:

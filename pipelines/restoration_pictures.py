@@ -223,7 +223,7 @@ def _from_pil(image: Image.Image, where: str) -> Tensor:
 
 def _from_array(array: np.ndarray, where: str) -> Tensor:
     """Values `(C, h, w)` of an array `(h, w)` or `(h, w, C)`."""
-    if array.dtype.kind not in "buif":
+    if array.dtype.kind not in "buif" or array.dtype.itemsize > 8:  # torch has no longer floats
         raise ValueError(f"{where} must hold floats in [0, 1], bytes or 16-bit integers, got {array.dtype}.")
     own = np.array(array, dtype=array.dtype.newbyteorder("="))  # torch wants this machine's order, and no read-only
     return _from_tensor(torch.from_numpy(own[..., None] if own.ndim == 2 else own), where, last=True)

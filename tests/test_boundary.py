@@ -160,6 +160,12 @@ def test_a_model_that_fills_holes_is_searched_with_its_masks():
     assert (found.scores > 0).all() and (found.scores < 1 / 3).all()
 
 
+def test_pairs_may_be_a_zip():
+    pipe, pairs = make("rddm"), pairs_of(4)
+    whole = search(pipe, pairs, candidates=3)
+    assert torch.equal(search(pipe, zip(*zip(*pairs, strict=True), strict=True), candidates=3).scores, whole.scores)
+
+
 def test_saving_and_loading_keeps_everything(tmp_path):
     found = search(make("rddm"), pairs_of(4), candidates=4, eta=0.0, halving=True)
     loaded = Boundary.load(found.save(tmp_path / "boundary.safetensors"))
@@ -223,6 +229,10 @@ def test_ranks_agree_as_spearman_says():
         (pairs_of(2), {"candidates": 0}, "`candidates` must be a whole number from 1 on, got 0"),
         (pairs_of(2), {"seed": -1}, "`seed` must be a whole number from 0 on, got -1"),
         (pairs_of(2), {"batch_size": 0}, "`batch_size` must be a whole number from 1 on"),
+        (pairs_of(2), {"seed": 2**63}, r"`seed` must be a whole number from 0 to 2\^63 - 1, got 9223372036854775808"),
+        (pairs_of(2), {"tile_sizes": 3}, "RDDMPipeline takes no `tile_sizes`: .* it takes .*tile_overlap, tile_size"),
+        (pairs_of(2), {"metric": "lpips"}, "`metric` must be a function of restored and clean pictures, got 'lpips'"),
+        (None, {}, "`pairs` must be at least two"),
         (pairs_of(2), {"latents": None}, "`latents` is set by the search"),
         (pairs_of(2), {"metric": lambda a, b: (a - b).mean()}, r"must give 16 finite numbers .* the shape \(\)"),
         (pairs_of(2), {"metric": lambda a, b: a.flatten(1).mean(1) / 0}, "not all finite"),

@@ -16,8 +16,9 @@ that draw noise as they go get the same for every candidate, so that candidates 
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from sfumato import storage
 from sfumato.pipelines.restoration_pictures import read_pictures
 from sfumato.progress import Track
 from sfumato.randomness import generator_for
+from sfumato.settings import check_seed
 
 __all__ = ["Boundary", "find_boundary", "mean_squared_error", "rank_correlation"]
 
@@ -173,7 +175,7 @@ def _ranks(values: Tensor) -> Tensor:
 @torch.no_grad()
 def find_boundary(
     pipe: Any,
-    pairs: Sequence[Sequence[Any]],
+    pairs: Iterable[Sequence[Any]],
     *,
     candidates: int = 64,
     metric: Metric = mean_squared_error,
@@ -193,7 +195,7 @@ def find_boundary(
     Args:
         pipe: A `ResShiftPipeline` or `RDDMPipeline`.
         pairs: At least two of ``(degraded, clean)``, for a model that fills holes ``(degraded, clean, mask)``:
-            pictures of any kind that the pipeline takes, all of one size.
+            pictures of any kind that the pipeline takes, all of one size. A list, or a zip and the like.
         candidates: Initial noises K to try; the k-th is drawn by the seed ``seed + k``.
         metric: Takes restored and clean pictures ``(B, 3, H, W)`` in [0, 1], gives ``(B,)``, lower is better. The
             paper takes LPIPS; the default is the mean squared error.
@@ -210,7 +212,8 @@ def find_boundary(
     Raises:
         ValueError: If a setting is out of range, pictures do not fit together, or the metric gives something else.
     """
-    _check_search(pipe, pairs, candidates, batch_size, seed, call)
+    pairs = list(pairs) if isinstance(pairs, Iterable) else []
+    _check_search(pipe, pairs, metric, candidates, batch_size, seed, call)
     steps = {"num_inference_steps": pipe.check_settings(num_inference_steps)}
     trial = _Trial(pipe, pairs, metric, seed, batch_size, {**steps, **call})
     scores = torch.full((candidates, len(pairs)), torch.nan, dtype=torch.float64)
@@ -241,8 +244,9 @@ def find_boundary(
 
 
 def _check_search(
-    pipe: Any, pairs: Sequence[Sequence[Any]], candidates: int, batch_size: int, seed: int, call: dict[str, Any]
-) -> None:
+    pipe: Any, pairs: Sequence[Sequence[Any]], metric: Metric, candidates: int, batch_size: int, seed: int,
+    call: dict[str, Any],
+) -> None:  # fmt: skip
     if not hasattr(pipe, "check_settings"):
         raise ValueError(
             f"`pipe` must restore pictures, as ResShiftPipeline and RDDMPipeline do, got a {type(pipe).__name__}."
@@ -250,9 +254,19 @@ def _check_search(
     for name, value, least in (("candidates", candidates, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"`{name}` must be a whole number from {least} on, got {value!r}.")
+    check_seed(seed)
+    if not callable(metric):
+        raise ValueError(f"`metric` must be a function of restored and clean pictures, got {metric!r}.")
     ours = sorted(set(_OURS) & set(call))
     if ours:
         raise ValueError(f"`{ours[0]}` is set by the search: leave it out.")
+    known = sorted(set(inspect.signature(pipe.__call__).parameters) - {"image", *_OURS})
+    unknown = sorted(set(call) - set(known))
+    if unknown:
+        raise ValueError(
+            f"A call of {type(pipe).__name__} takes no `{unknown[0]}`: beside pictures and noise it takes"
+            f" {', '.join(known)}."
+        )
     members = 2 + bool(pipe.config.masked)
     if len(pairs) < 2:
         raise ValueError(f"`pairs` must be at least two, one to choose by and one to judge by, got {len(pairs)}.")

@@ -466,6 +466,8 @@ def test_a_sampler_that_scales_for_latents_is_refused_in_pixels_and_the_other_wa
     [
         ({"output_type": "latent"}, "`output_type` must be 'pil', 'np' or 'pt', got 'latent'"),
         ({"generator": [seeded()] * 3}, "`generator` must be one or a list of 1, one a picture, got 3"),
+        ({"generator": 3}, "`generator` must be a torch.Generator or a list of such, got 3"),
+        ({"generator": ["a"]}, "`generator` must be a torch.Generator or a list of such, got 'a'"),
         ({"num_inference_steps": 5}, r"`num_inference_steps` must be a whole number in \[1, 4\] .*, got 5"),
     ],
 )

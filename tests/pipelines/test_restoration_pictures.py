@@ -144,6 +144,11 @@ def broken_file():
         (torch.full((3, 4, 4), float("nan")), r"must have values in \[0, 1\]"),
         (np.zeros((4, 4), dtype=np.int64), "must hold floats .* got torch.int64"),
         (np.array([["a"]]), "must hold floats"),
+        pytest.param(
+            np.zeros((4, 4), dtype=np.longdouble),
+            "must hold floats in .*, got ",
+            marks=pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="it is no longer than a double"),
+        ),
         (Image.new("I", (2, 2), 70000), r"must have values in \[0, 1\]"),
         (broken_file(), "`image` can't be read as a picture"),
     ],
