@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -191,6 +193,30 @@ def test_noise_is_for_the_network_and_the_steps_that_it_was_searched_with(kind, 
         found.noise_for(pipe)
     older = Boundary(found.noise, 0, found.scores, found.held_out, None, {"seed": 0})
     assert torch.equal(older.noise_for(pipe, 3), found.noise)  # which did not note them
+
+
+def test_noise_is_for_both_networks_and_the_scheduler_that_it_was_searched_with(tmp_path):
+    torch.manual_seed(0)
+    shape = {
+        "in_channels": 6, "out_channels": 3, "block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False,
+    }  # fmt: skip
+    unets = UNet2DModel(**shape), UNet2DModel(**shape)
+    pipe = sfumato.RDDMPipeline(unets[0], sfumato.RDDMScheduler(sum_scale=0.01), noise_unet=unets[1])
+    found = Boundary.load(search(pipe, pairs_of(2), candidates=1).save(tmp_path / "boundary.safetensors"))
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert torch.equal(found.noise_for(sfumato.load(tmp_path / "pipe"), 2), found.noise)
+    own = pipe.scheduler
+    pipe.scheduler = sfumato.RDDMScheduler.from_config(own.config, timestep_spacing="trailing")
+    with pytest.raises(ValueError, match="of `timestep_spacing` 'truncated', this one has 'trailing': take that one"):
+        found.noise_for(pipe, 2)
+    pipe.scheduler = own
+    with torch.no_grad():
+        pipe.noise_unet.conv_out.bias[0] += 1
+    with pytest.raises(ValueError, match="was searched with another network `noise_unet` .*: search one for this"):
+        found.noise_for(pipe, 2)
+    older = {name: value for name, value in found.settings.items() if name not in ("noise_unet", "scheduler")}
+    assert torch.equal(dataclasses.replace(found, settings=older).noise_for(pipe, 2), found.noise)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):

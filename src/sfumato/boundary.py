@@ -17,6 +17,7 @@ that draw noise as they go get the same for every candidate, so that candidates 
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -52,8 +53,9 @@ class Boundary:
         held_out: Likewise on the other half; not a number for candidates that halving did not try there.
         rank_correlation: Spearman's, between the candidates' scores on the two halves of the pairs (with halving, on
             two halves of the pairs of its first round). None for fewer than three candidates, or too few pairs.
-        settings: Of the search; also the steps of its runs, ``num_inference_steps``, and the network, as the
-            fingerprint of its weights, ``unet``.
+        settings: Of the search; also the steps of its runs, ``num_inference_steps``, the networks, as the
+            fingerprints of their weights, ``unet`` and ``noise_unet`` (None without one), and the config of the
+            ``scheduler``. (Files of earlier releases may lack some of these, which are not held against a call.)
     """
 
     noise: Tensor
@@ -96,15 +98,23 @@ class Boundary:
             ``(1, C, h, w)``, to be passed as ``latents``.
 
         Raises:
-            ValueError: If it was searched with another network, or in another number of steps.
+            ValueError: If it was searched with another network or scheduler, or in another number of steps.
         """
         steps, searched = pipe.check_settings(num_inference_steps), self.settings.get("num_inference_steps")
-        known, own = self.settings.get("unet"), storage.fingerprint(pipe.unet.named_parameters())
-        if known not in (None, own):
-            raise ValueError(
-                f"The boundary was searched with another network (fingerprint {known}) than this (fingerprint {own}):"
-                " search one for this with sfumato.find_boundary."
-            )
+        for name, own in _networks_of(pipe).items():
+            known = self.settings.get(name, own)
+            if known != own:
+                raise ValueError(
+                    f"The boundary was searched with another network `{name}` (fingerprint {known}) than this"
+                    f" (fingerprint {own}): search one for this with sfumato.find_boundary."
+                )
+        own_config = _config_of(pipe.scheduler)
+        for name, known in self.settings.get("scheduler", {}).items():
+            if known != own_config.get(name):
+                raise ValueError(
+                    f"The boundary was searched with a scheduler of `{name}` {known!r}, this one has"
+                    f" {own_config.get(name)!r}: take that one, or search another with sfumato.find_boundary."
+                )
         if searched not in (None, steps):
             raise ValueError(
                 f"The boundary was searched in {searched} steps, not in {steps}: take as many, or search another."
@@ -132,10 +142,27 @@ class Boundary:
         tensors, facts = storage.load_tensors(path), storage.read_metadata(path).get("boundary")
         facts = facts if isinstance(facts, dict) else {}
         whole = {"seed", "rank_correlation", "settings"} <= set(facts) and {"scores", "held_out"} <= set(tensors)
-        if not whole or not _is_noise(tensors.get("noise")):
+        settings = facts.get("settings")
+        told = isinstance(settings, dict) and isinstance(settings.get("scheduler", {}), dict)
+        if not (whole and told and _is_noise(tensors.get("noise"))):
             raise ValueError(f"{path} holds no boundary; give a file written by Boundary.save.")
         return cls(tensors["noise"], facts["seed"], tensors["scores"], tensors["held_out"],
                    facts["rank_correlation"], facts["settings"])  # fmt: skip
+
+
+def _networks_of(pipe: Any) -> dict[str, str | None]:
+    """Fingerprints of what predicts."""
+    networks = {name: getattr(pipe, name, None) for name in ("unet", "noise_unet")}
+    return {
+        name: None if network is None else storage.fingerprint(network.named_parameters())
+        for name, network in networks.items()
+    }
+
+
+def _config_of(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's config as JSON holds it, without what diffusers notes in it."""
+    config: dict[str, Any] = json.loads(scheduler.to_json_string())
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def _is_noise(tensor: Tensor | None) -> bool:
@@ -235,7 +262,7 @@ def find_boundary(
         **{name: value for name, value in call.items() if isinstance(value, bool | int | float | str)}, **steps,
         "candidates": candidates, "pairs": len(pairs), "seed": seed, "halving": halving,
         "metric": getattr(metric, "__name__", type(metric).__name__),
-        "unet": storage.fingerprint(pipe.unet.named_parameters()),
+        **_networks_of(pipe), "scheduler": _config_of(pipe.scheduler),
     }  # fmt: skip
     return Boundary(
         trial.noise(best), seed + best, scores[:, choosing].nanmean(dim=1), scores[:, judging].nanmean(dim=1),
