@@ -69,6 +69,20 @@ def test_of_a_folder_those_files_are_taken_that_can_be_read(model, tmp_path):
     assert report["failures"] == []
 
 
+def test_pictures_of_a_kind_that_is_not_known_are_listed(model, tmp_path):
+    folder = tmp_path / "in"
+    save_picture(folder / "b.png")
+    for name in ("a.HEIC", "c.cr3", "notes.txt", ".hidden.heic"):
+        (folder / name).write_bytes(b"what a camera writes")
+    report = run(model, [str(folder)], tmp_path / "out")
+    assert [one["file"] for one in report["pictures"]] == ["b.png"]
+    said = [failure["error"] for failure in report["failures"]]
+    assert len(said) == 2 and f"{folder / 'a.HEIC'} can't be read as a picture" in said[0] and "c.cr3" in said[1]
+    (folder / "b.png").unlink()
+    with pytest.raises(ValueError, match="in holds no pictures"):
+        run(model, [str(folder)], tmp_path / "other")
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_bar_counts_the_steps_of_one_picture_and_the_pictures_of_many(model, tmp_path, monkeypatch, count):
     bars = []
@@ -409,6 +423,7 @@ def test_the_profile_of_colours_is_kept(model, tmp_path):
         ({"scale": 4}, "gives 2 times the size, not 4 times: drop --scale"),
         ({"compare": "grid"}, "`compare` must be row or none, got 'grid'"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"seed": 10**22}, r"`seed` must be a whole number from 0 to 2\^63 - 1, got 10000000000000000000000"),
         ({"mask": "a.png"}, "is not given masks: drop --mask"),
         ({"model": "atelier-pixel"}, "is a ClassConditionalPipeline, which restores no pictures"),
     ],

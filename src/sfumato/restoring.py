@@ -27,7 +27,7 @@ from sfumato.pipelines.restoration import RestorationPipeline, degraded_start
 from sfumato.pipelines.restoration_pictures import Picture, read_masks, read_pictures
 from sfumato.progress import Track
 from sfumato.restoration.degradations import TASKS
-from sfumato.settings import check_device
+from sfumato.settings import check_device, check_seed
 
 __all__ = ["RestoringConfig", "run_restore"]
 
@@ -37,6 +37,10 @@ MAY_CHANGE = {"output", "batch_size", "device", "resume"}
 
 FAULTS = (ValueError, OSError, RuntimeError, MemoryError)
 """What one picture may end in, and not the others: it is broken, too large, or its result can't be written."""
+FOREIGN = {
+    ".arw", ".avif", ".cr2", ".cr3", ".dng", ".exr", ".hdr", ".heic", ".heif", ".jxl", ".nef", ".orf", ".raf", ".rw2",
+}  # fmt: skip
+"""Endings of pictures that PIL may have no reader for: in a folder these are listed, and not passed over."""
 NAME_BYTES = 200
 """Of a result's name: file systems take 255, and storage's own additions and a number are to fit."""
 
@@ -156,6 +160,7 @@ def run_restore(config: RestoringConfig) -> dict[str, Any]:
 
 
 def _check_settings(config: RestoringConfig) -> None:
+    check_seed(config.seed)
     check_device(config.device)
     if config.task not in (None, *TASKS):
         raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {config.task!r}.")
@@ -210,7 +215,7 @@ def _note(output: Path, report: dict[str, Any], remaining: int) -> None:
 
 
 def _files(images: Sequence[str]) -> list[Path]:
-    """The files that are named, and those of pictures in folders that are."""
+    """The files that are named, and those of pictures in folders that are; of these some must be readable."""
     kinds, found = Image.registered_extensions(), []
     known = {ending for ending, kind in kinds.items() if kind in Image.OPEN or kind == "MPO"}  # opened as JPEG
     for path in map(Path, images):
@@ -219,7 +224,7 @@ def _files(images: Sequence[str]) -> list[Path]:
             inside = [file for file in shown if file.suffix.lower() in known]
             if not inside:
                 raise ValueError(f"The folder {path} holds no pictures.")
-            found += inside
+            found += [file for file in shown if file.suffix.lower() in known | FOREIGN]
         elif path.is_file():
             found.append(path)
         else:
