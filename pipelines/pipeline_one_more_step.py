@@ -71,7 +71,7 @@ class OneMoreStepPipeline(DiffusionPipeline):
             unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, text_encoder_2=text_encoder_2,
             tokenizer_2=tokenizer_2,
         )  # fmt: skip
-        self.base = base
+        self.base: Any = base
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> OneMoreStepPipeline:

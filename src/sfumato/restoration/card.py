@@ -104,15 +104,16 @@ def _usage(pipeline: str | None, task: str | None, published: Published | None) 
     mask = ', Image.open("holes.png")' if task == "inpaint" else ""
     call = "pipe(batch_size=4).images" if task is None else f'pipe(Image.open("degraded.png"){mask}).images[0]'
     name = "FOLDER" if published is None else published.name
+    quoted = json.dumps(name)
     lines = [*([] if task is None else ["from PIL import Image"])]
     if name in EMBEDDED:
-        lines = ["import sfumato", *lines, "", f"pipe = sfumato.load({name!r})"]
+        lines = ["import sfumato", *lines, "", f"pipe = sfumato.load({quoted})"]
     elif published is None or not published.code:
-        lines += [f"from sfumato import {pipeline}", "", f"pipe = {pipeline}.from_pretrained({name!r})"]
+        lines += [f"from sfumato import {pipeline}", "", f"pipe = {pipeline}.from_pretrained({quoted})"]
     else:
         lines += [
             "from diffusers import DiffusionPipeline", "",
-            f"release = {name!r}  # this folder, or its id on the Hub", "# runs the files of this release: read them",
+            f"release = {quoted}  # this folder, or its id on the Hub", "# runs the files of this release: read them",
             "pipe = DiffusionPipeline.from_pretrained(release, trust_remote_code=True)",
         ]  # fmt: skip
     return ["```python", *lines, call, "```", "", *_command(name, task, published)]
