@@ -139,4 +139,4 @@ def test_an_upload_claims_the_repository_for_the_run_and_goes_on(trained, tmp_pa
     stated = storage.read_json(folder / "manifest.json")
     assert asked[0] == asked[1] and asked[0].items() <= stated.items()
     assert sent == [(folder, "me/enlarger", False)] * 2
-    assert "release = 'me/enlarger'" in (folder / "README.md").read_text()
+    assert 'release = "me/enlarger"' in (folder / "README.md").read_text()
