@@ -1,5 +1,6 @@
 """Sources of clean pictures: any size and mode, by position and key; what can't be used is named before the start."""
 
+import sys
 from functools import partial
 
 import numpy as np
@@ -7,7 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.restoration.pictures import Crops, Renders, Some, _of_row, folder_pictures, hub_pictures, split
+from sfumato.restoration.job import JobConfig, _pictures
+from sfumato.restoration.pictures import (
+    Crops,
+    Renders,
+    Some,
+    _of_row,
+    folder_pictures,
+    holds_rows,
+    hub_pictures,
+    split,
+)
 
 KEYS = [(1, 2, k) for k in range(5)]
 
@@ -194,3 +205,30 @@ def test_a_data_set_gives_what_its_files_hold(folder):
     pytest.importorskip("datasets")
     source = hub_pictures(str(folder), 16, shown=False)
     assert len(source) == 5 and source.take([0, 4], KEYS[:2]).shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "saved-splits"])
+def test_a_folder_of_rows_is_read_as_a_data_set(folder, tmp_path_factory, kind):
+    datasets = pytest.importorskip("datasets")
+    place = tmp_path_factory.mktemp("rows") / kind
+    pictures = [str(file) for file in sorted(folder.rglob("*.png"))]
+    rows = datasets.Dataset.from_dict({"picture": pictures}).cast_column("picture", datasets.Image())
+    if kind == "parquet":
+        place.mkdir()
+        rows.to_parquet(place / "train-0.parquet")
+    else:
+        (rows if kind == "saved" else datasets.DatasetDict(train=rows)).save_to_disk(place)
+    assert holds_rows(place) and not holds_rows(folder)
+    whole, held_out = _pictures(JobConfig("out", str(place), size=16, unfit="skip"), 0, False)
+    assert sorted([*whole.chosen, *held_out.chosen]) == list(range(5))
+    expected = folder_pictures(folder, 16, shown=False)
+    assert torch.equal(whole.whole.take(range(5)), expected.take(range(5)))
+
+
+def test_a_folder_of_rows_without_datasets_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # importing it fails
+    (tmp_path / "train.parquet").touch()
+    with pytest.raises(ImportError, match=f"^{tmp_path} holds no pictures but a data set, which needs datasets: pip"):
+        _pictures(JobConfig("out", str(tmp_path), size=16), 0, False)
+    with pytest.raises(ImportError, match="^There is no folder nothing/here; a data set, which needs datasets: pip"):
+        hub_pictures("nothing/here", 16)

@@ -41,7 +41,7 @@ from sfumato.restoration.networks import (
     load_autoencoder,
     make_unet,
 )  # fmt: skip
-from sfumato.restoration.pictures import Pictures, Renders, folder_pictures, hub_pictures, split
+from sfumato.restoration.pictures import Pictures, Renders, folder_pictures, holds_rows, hub_pictures, split
 from sfumato.restoration.scores import Distance, between_sets, find_distance
 from sfumato.restoration.validation import Restorer, Validation
 from sfumato.settings import check_ranges, check_types
@@ -61,7 +61,8 @@ class JobConfig:
 
     Attributes:
         output: Folder for the result; a finished model in it is never overwritten.
-        data: ``atelier`` (renders of Fashion-MNIST, 32x32), a folder of pictures, or a data set of the Hub.
+        data: ``atelier`` (renders of Fashion-MNIST, 32x32), a folder of pictures, or a data set: of the Hub, or a
+            folder of parquet or arrow files. (Data sets need the package datasets.)
         data_dir: Of ``atelier``: folder with Fashion-MNIST's four ``*-ubyte.gz`` files; None looks for Debian's
             package, then the Hub.
         data_split: Of a data set.
@@ -279,7 +280,7 @@ def _pictures(job: JobConfig, seed: int, shown: bool) -> tuple[Pictures, Picture
     if job.data == "atelier":
         return Renders(job.data_dir), others or Renders(job.data_dir, "test")
     how: dict[str, Any] = {"unfit": job.unfit, "shown": shown}
-    if Path(job.data).is_dir():
+    if Path(job.data).is_dir() and not holds_rows(job.data):
         whole = folder_pictures(job.data, job.side, without=job.held_out, **how)
     else:
         whole = hub_pictures(job.data, job.side, split=job.data_split, **how)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,13 @@ from sfumato.pipelines.restoration_pictures import read_pictures
 from sfumato.progress import Track
 from sfumato.randomness import Key, permuted_indices, randint_for, rng_for
 
-__all__ = ["Crops", "Pictures", "Renders", "Some", "folder_pictures", "hub_pictures", "split"]
+__all__ = ["Crops", "Pictures", "Renders", "Some", "folder_pictures", "holds_rows", "hub_pictures", "split"]
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+ROWS = {".parquet", ".arrow"}
+"""Endings of a data set's files."""
 CROP, MIRROR = range(1, 3)  # streams of a sample's key
 END = 2**16  # bytes at either end of a file that tell it from another
 READERS = 8  # threads; PIL decodes outside of Python's lock
@@ -264,14 +266,18 @@ def folder_pictures(
 
 def _picture_files(folder: str | Path) -> list[Path]:
     """Files of a folder that are pictures by their names, and neither hidden nor in a hidden folder, in order."""
-    files = sorted(
-        file for file in Path(folder).rglob("*")
-        if file.suffix.lower() in SUFFIXES and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )  # fmt: skip
+    files = _files_of(folder, SUFFIXES)
     if not files:
         raise FileNotFoundError(f"There are no pictures ({', '.join(sorted(SUFFIXES))}) in {folder}.")
     return files
+
+
+def _files_of(folder: str | Path, suffixes: Set[str]) -> list[Path]:
+    return sorted(
+        file for file in Path(folder).rglob("*")
+        if file.suffix.lower() in suffixes and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )  # fmt: skip
 
 
 def _content(file: Path) -> str:
@@ -283,11 +289,16 @@ def _content(file: Path) -> str:
         return f"{size} {hashlib.sha256(ends + stream.read(END)).hexdigest()}"
 
 
+def holds_rows(folder: str | Path) -> bool:
+    """Whether a folder holds no picture files but those of a data set's rows, which `hub_pictures` reads."""
+    return not _files_of(folder, SUFFIXES) and bool(_files_of(folder, ROWS))
+
+
 def hub_pictures(name: str, size: int, *, split: str = "train", unfit: str = "refuse", shown: bool = True) -> Crops:
     """Open the pictures of a data set of the Hub, or of a folder that `datasets` can read.
 
     Args:
-        name: As ``datasets.load_dataset`` takes it.
+        name: As ``datasets.load_dataset`` takes it; or a folder that ``save_to_disk`` of a data set wrote.
         size: Of the crops.
         split: Of the data set.
         unfit: See `Crops`.
@@ -300,15 +311,15 @@ def hub_pictures(name: str, size: int, *, split: str = "train", unfit: str = "re
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
-            f"There is no folder {name}; a data set of that name needs datasets: pip install 'sfumato[train]'."
-        ) from error
+        found = f"{name} holds no pictures but" if Path(name).is_dir() else f"There is no folder {name};"
+        raise ImportError(f"{found} a data set, which needs datasets: pip install 'sfumato[train]'.") from error
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = _rows_of(datasets, name, split)
     except Exception as error:  # not there, not online, no such split, or not readable: all end here
+        named = f"{name!r} is neither 'atelier', nor a folder, nor a"
+        named = f"The folder {name} is no" if Path(name).is_dir() else named
         raise ValueError(
-            f"{name!r} is neither 'atelier', nor a folder, nor a data set that can be had with a split {split!r} "
-            f"({type(error).__name__}: {error})."
+            f"{named} data set that can be had with a split {split!r} ({type(error).__name__}: {error})."
         ) from error
     column = next((key for key, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
     if column is None:
@@ -316,6 +327,15 @@ def hub_pictures(name: str, size: int, *, split: str = "train", unfit: str = "re
     read = partial(_of_row, rows.select_columns([column]), column)
     names = [f"{split} {index}" for index in range(len(rows))]
     return Crops(name, names, read, size, unfit=unfit, digest=rows._fingerprint, shown=shown)
+
+
+def _rows_of(datasets: Any, name: str, split: str) -> Any:
+    """The rows of a data set; those that ``save_to_disk`` wrote are read by another call."""
+    if (Path(name) / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(name)[split]
+    if (Path(name) / "state.json").is_file():
+        return datasets.load_from_disk(name)
+    return datasets.load_dataset(name, split=split)
 
 
 def _of_row(rows: Any, column: str, index: int) -> Image.Image:
