@@ -27,6 +27,7 @@ _HOMES = {
     "ResShiftPipeline": "sfumato.pipelines.pipeline_resshift",
     "ResShiftScheduler": "sfumato.schedulers.scheduling_resshift",
     "TimeShiftScheduler": "sfumato.schedulers.scheduling_time_shift",
+    "draw_minority": "sfumato.minority_prompt",
     "edit": "sfumato.inversion",
     "TrajectoryVariance": "sfumato.trajectory_variance",
     "attack": "sfumato.attacks.audit",
@@ -34,6 +35,7 @@ _HOMES = {
     "find_boundary": "sfumato.boundary",
     "invert": "sfumato.inversion",
     "load": "sfumato.loading",
+    "minority_scores": "sfumato.minority",
     "rehearse": "sfumato.unlearning.core",
     "release": "sfumato.releasing.core",
     "sample_with_gradients": "sfumato.gradients",
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
     from sfumato.inversion import edit as edit
     from sfumato.inversion import invert as invert
     from sfumato.loading import load as load
+    from sfumato.minority import minority_scores as minority_scores
+    from sfumato.minority_prompt import draw_minority as draw_minority
     from sfumato.pipelines.pipeline_class_conditional import ClassConditionalPipeline as ClassConditionalPipeline
     from sfumato.pipelines.pipeline_infedit import InfEditPipeline as InfEditPipeline
     from sfumato.pipelines.pipeline_minority_guidance import MinorityGuidancePipeline as MinorityGuidancePipeline
