@@ -334,10 +334,7 @@ RUNS = {
     "accelerate launch training/resshift.py --data photos --task sr --scale 4 --output enlarger": enlarger,
     "sfumato restore small.png --task sr --scale 4 --model enlarger --output restored": restore,
     "sfumato restore tiny.png --model atelier-sr --output enlarged": enlarge,
-    "python benchmarks/restoration.py --output bench-restoration": compare_restoration,
-    "python benchmarks/restoration.py --output bench-restoration --task inpaint --methods resshift-4": (
-        compare_restoration
-    ),
+    **{line: compare_restoration for line in COMMANDS if "benchmarks/restoration.py" in line},
     "python benchmarks/step_time.py --threads 1": step_time,
     'sfumato invert src/sfumato/assets/renders/120-sandal-photo-red.png --prompt "a photo of a red sandal" --exact '
     "--output inverted": invert,
