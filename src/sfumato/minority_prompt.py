@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from sfumato.families import Conditioning, StableDiffusion, family_of
@@ -107,7 +107,7 @@ def draw_minority(
     if not prompts:
         raise ValueError("`prompt` is empty: name at least one.")
     with frozen(*family.parts.values()):
-        run = _Run(family, prompts, config, generator)
+        run = _Run(family, pipe.scheduler, prompts, config, generator)
         latents = randn_tensor(
             (len(prompts), *family.latent_shape), generator=generator, device=family.device, dtype=family.dtype
         )
@@ -133,9 +133,14 @@ class _Run:
     """A token for each prompt, which goes on through the steps of a run."""
 
     def __init__(
-        self, family: StableDiffusion, prompts: list[str], config: MinorityPromptConfig, generator: Generators
+        self,
+        family: StableDiffusion,
+        scheduler: SchedulerMixin,
+        prompts: list[str],
+        config: MinorityPromptConfig,
+        generator: Generators,
     ) -> None:
-        self.family, self.config, self.generator = family, config, generator
+        self.family, self.scheduler, self.config, self.generator = family, scheduler, config, generator
         tokens, counts = family.tokenize(prompts)
         if not room_for(tokens.shape[1], int(counts.max()), 1, "suffix"):
             longest = prompts[int(counts.argmax())]
@@ -152,12 +157,12 @@ class _Run:
 
     def before(self, index: int, latents: torch.Tensor) -> Conditioning:
         """Learn before a step of the run, if it is one of those; gives what that step is told."""
-        config, family, times = self.config, self.family, self.family.pipe.scheduler.timesteps
+        config, family, times = self.config, self.family, self.scheduler.timesteps
         time, last = int(times[index]), family.num_train_timesteps
         if time > config.stop_ratio * last and index % config.every == 0:
             following = int(times[index + 1]) if index + 1 < len(times) else 0
             perturbed = last - 1 - following if config.dynamic else int(config.perturb_ratio * last)
-            state = family.pipe.scheduler.scale_model_input(latents.detach(), times[index]).float()
+            state = self.scheduler.scale_model_input(latents.detach(), times[index]).float()
             noises = (
                 randn_tensor(state.shape, generator=self.generator, device=state.device, dtype=state.dtype)
                 for _ in range(config.iterations)
