@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from sfumato.evaluation.manifolds import authenticity, compare_manifolds
+from sfumato.evaluation.manifolds import (
+    authenticity,
+    compare_manifolds,
+    local_outlier_factors,
+    neighbour_distances,
+)
 
 
 def line(*places):
@@ -61,3 +66,34 @@ def test_copies_are_not_authentic_and_new_samples_mostly_are():
     training = normal(300, 0)
     assert authenticity(training[:100] + 1e-3, training).value == 0
     assert authenticity(normal(300, 1), training).value > 0.4
+
+
+def test_neighbour_distances_of_points_on_a_line_are_those_of_a_hand_calculation():
+    found = neighbour_distances(line(0, 2.5, 10), line(0, 1, 3), k=2)
+    assert found.tolist() == pytest.approx([0.5, (0.5 + 1.5) / 2, (7 + 9) / 2])
+
+
+def test_outlier_factors_of_points_on_a_line_are_those_of_a_hand_calculation():
+    # Second neighbours: 0: 2; 1: 1; 2: 2; 4.5: 3.5. Means of the reach: 0: (1 + 2) / 2; 1: (2 + 2) / 2;
+    # 2: (1 + 2) / 2; 4.5: (2.5 + 3.5) / 2. Of 7: to 4.5 max(2.5, 3.5), to 2 max(5, 2): 4.25.
+    found = local_outlier_factors(line(7), line(0, 1, 2, 4.5), k=2)
+    assert float(found) == pytest.approx((1 / 3.0 + 1 / 1.5) / 2 * 4.25)
+
+
+def test_outlier_factors_are_one_within_and_large_without_whatever_the_scale():
+    real = normal(400, 0)
+    within, without = (local_outlier_factors(samples, real) for samples in (normal(50, 1), normal(50, 1) + 6))
+    assert 0.95 < float(within.mean()) < 1.2 and float(without.min()) > 1.3
+    assert torch.allclose(local_outlier_factors(100 * normal(50, 1), 100 * real), within)
+    assert torch.isfinite(local_outlier_factors(torch.zeros(3, 2), torch.zeros(30, 2))).all()
+
+
+@pytest.mark.parametrize(("function", "k"), [(neighbour_distances, 4), (neighbour_distances, 0)])
+def test_too_few_neighbours_are_refused(function, k):
+    with pytest.raises(ValueError, match="`k` must be"):
+        function(line(0), line(0, 1, 2), k=k)
+
+
+def test_outlier_factors_need_a_neighbour_more():
+    with pytest.raises(ValueError, match="need more than 3"):
+        local_outlier_factors(line(0), line(0, 1, 2), k=3)

@@ -12,6 +12,10 @@ Each sample of a set has a ball, as far as its k-th nearest neighbour in the set
   flaws of generative model evaluation metrics and their unfair treatment of diffusion models", NeurIPS 2023, arXiv
   2306.04675, call the share AuthPct and find that it tells memorisation best where samples are near-copies.
 
+How far a single sample lies from the others, as a figure for each, is the mean distance to its nearest neighbours, or
+the local outlier factor (Breunig et al., "LOF: Identifying Density-Based Local Outliers", SIGMOD 2000), which compares
+the density about a sample with that about its neighbours, and so tells a rare sample from one of a spread-out kind.
+
 Intervals are over the samples that a share is a share of; the balls are taken as they are.
 """
 
@@ -23,7 +27,10 @@ import torch
 
 from sfumato.evaluation.metrics import Estimate, Proportion, bootstrap, check_features, wilson
 
-__all__ = ["Manifolds", "authenticity", "compare_manifolds"]
+__all__ = ["Manifolds", "authenticity", "compare_manifolds", "local_outlier_factors", "neighbour_distances"]
+
+
+NEXT_TO_NOTHING = 1e-30  # copies lie at no distance
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,58 @@ def authenticity(generated: torch.Tensor, training: torch.Tensor) -> Proportion:
     generated, training = (features.detach().to("cpu", torch.float64) for features in (generated, training))
     nearest, which = _distances(generated, training).min(1)
     return _share(nearest > _radii(training, 1)[which])
+
+
+def neighbour_distances(generated: torch.Tensor, real: torch.Tensor, *, k: int = 5) -> torch.Tensor:
+    """Measure how far samples lie from the real ones.
+
+    Args:
+        generated: Features ``(N, F)``.
+        real: Features ``(M, F)``.
+        k: Nearest real samples.
+
+    Returns:
+        Mean distance to these, ``(N,)``, float64.
+
+    Raises:
+        ValueError: If there are fewer than `k` real samples, the shapes don't fit, or a value is not finite.
+    """
+    return _nearest(generated, real, k)[0].mean(1)
+
+
+def local_outlier_factors(generated: torch.Tensor, real: torch.Tensor, *, k: int = 20) -> torch.Tensor:
+    """Measure how much sparser the real samples are about a sample than about its neighbours among them.
+
+    Args:
+        generated: Features ``(N, F)``.
+        real: Features ``(M, F)``, which the densities are those of.
+        k: Nearest real samples; of a real sample, itself not counted.
+
+    Returns:
+        LOF, ``(N,)``, float64; about 1 where the real samples are as dense as about these, above 1 for outliers.
+
+    Raises:
+        ValueError: If there are no more than `k` real samples, the shapes don't fit, or a value is not finite.
+    """
+    apart, which = _nearest(generated, real, k)
+    own = _distances(*[real.detach().to("cpu", torch.float64)] * 2).fill_diagonal_(torch.inf)
+    if len(real) <= k:
+        raise ValueError(f"{k} neighbours of each real sample need more than {k} of them, got {len(real)}.")
+    among, near = own.topk(k, dim=1, largest=False)
+    radii = among[:, -1]
+    reaches = torch.maximum(among, radii[near]).mean(1)  # (M,)
+    here = torch.maximum(apart, radii[which]).mean(1)  # (N,)
+    return ((here[:, None] + NEXT_TO_NOTHING) / (reaches[which] + NEXT_TO_NOTHING)).mean(1)
+
+
+def _nearest(generated: torch.Tensor, real: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distances to the nearest real samples and which they are, ``(N, k)`` each."""
+    check_features(generated, real, least=1)
+    if k < 1 or len(real) < k:
+        raise ValueError(f"`k` must be at least 1 and at most the number of real samples, {len(real)}, got {k}.")
+    generated, real = (features.detach().to("cpu", torch.float64) for features in (generated, real))
+    found = _distances(generated, real).topk(k, dim=1, largest=False)
+    return found.values, found.indices
 
 
 def _distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

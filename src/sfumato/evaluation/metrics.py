@@ -308,13 +308,13 @@ def psnr(images: torch.Tensor, references: torch.Tensor) -> float:
     return (-10 * error.clamp(min=1e-20).log10()).mean().item()
 
 
-def check_features(a: torch.Tensor, b: torch.Tensor) -> None:
-    """Refuse, with a ValueError, what are not two sets of features (N, F) and (M, F)."""
+def check_features(a: torch.Tensor, b: torch.Tensor, *, least: int = 2) -> None:
+    """Refuse, with a ValueError, what are not two sets of at least so many features (N, F) and (M, F)."""
     for name, features in (("a", a), ("b", b)):
         if features.ndim != 2:
             raise ValueError(f"`{name}` must be features (samples, F), got shape {tuple(features.shape)}.")
-        if len(features) < 2:
-            raise ValueError(f"`{name}` has {len(features)} samples; a covariance needs at least 2.")
+        if len(features) < least:
+            raise ValueError(f"`{name}` has {len(features)} samples; at least {least} are needed.")
         if not torch.isfinite(features).all():
             raise ValueError(f"`{name}` holds values that are not finite; check the pictures it was computed from.")
     if a.shape[1] != b.shape[1]:
