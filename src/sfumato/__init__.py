@@ -19,6 +19,7 @@ _HOMES = {
     "FixedPointScheduler": "sfumato.schedulers.scheduling_fixed_point",
     "InfEditPipeline": "sfumato.pipelines.pipeline_infedit",
     "Judge": "sfumato.evaluation.judge",
+    "MinorityClassifier": "sfumato.pipelines.minority_classifier",
     "MinorityGuidancePipeline": "sfumato.pipelines.pipeline_minority_guidance",
     "MinorityGuidanceScheduler": "sfumato.schedulers.scheduling_minority_guidance",
     "OneMoreStepPipeline": "sfumato.pipelines.pipeline_one_more_step",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from sfumato.loading import load as load
     from sfumato.minority import minority_scores as minority_scores
     from sfumato.minority_prompt import draw_minority as draw_minority
+    from sfumato.pipelines.minority_classifier import MinorityClassifier as MinorityClassifier
     from sfumato.pipelines.pipeline_class_conditional import ClassConditionalPipeline as ClassConditionalPipeline
     from sfumato.pipelines.pipeline_infedit import InfEditPipeline as InfEditPipeline
     from sfumato.pipelines.pipeline_minority_guidance import MinorityGuidancePipeline as MinorityGuidancePipeline
