@@ -20,7 +20,6 @@ from sfumato.arguments import make_parser
 from sfumato.evaluation.judge import Judge
 from sfumato.evaluation.metrics import frechet_distance, wilson
 from sfumato.loading import assets_folder
-from sfumato.training.atelier_networks import small_garments
 from sfumato.training.atelier_release import blue_photos
 
 
@@ -92,7 +91,7 @@ def pixel_bench(config: SamplersConfig, judge: Judge) -> tuple[Bench, Any]:
 def grey_garments(config: SamplersConfig, split: str) -> torch.Tensor:
     """Real pictures ``(5000, 1, 16, 16)`` in [0, 1], as the pixel model knows them."""
     images, _ = atelier.find_fashion_mnist(config.data_dir, split)
-    return (small_garments(images[:5000]) + 1) / 2
+    return (atelier.small_garments(images[:5000]) + 1) / 2
 
 
 def latent_bench(config: SamplersConfig, judge: Judge) -> tuple[Bench, Any]:

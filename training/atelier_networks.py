@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel, UNet2DModel
@@ -136,9 +135,3 @@ def latent_schedule() -> DDIMScheduler:
 def pixel_schedule() -> DDPMScheduler:
     """The schedule of the pixel model: the linear betas of Ho et al."""
     return DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=True)
-
-
-def small_garments(images: np.ndarray) -> torch.Tensor:
-    """Shrink grey garments ``(N, 28, 28)`` to ``(N, 1, 16, 16)`` in [-1, 1]."""
-    padded = F.pad(torch.from_numpy(images).float() / 127.5 - 1, (2, 2, 2, 2), value=-1.0)
-    return F.avg_pool2d(padded.unsqueeze(1), 2)

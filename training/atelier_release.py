@@ -184,7 +184,7 @@ def _measure_pixel(
         for number, batch in enumerate(asked.split(250))
     ]  # fmt: skip
     pixel.scheduler = scheduler
-    real = (networks.small_garments(images[:1000]) + 1) / 2
+    real = (atelier.small_garments(images[:1000]) + 1) / 2
     truth = {"garment": torch.from_numpy(labels[:1000]).long()}
     verdicts = {}
     for name, small, wanted in (("generated", torch.cat(parts), asked), ("real", real, truth["garment"])):

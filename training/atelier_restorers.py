@@ -7,14 +7,14 @@ goes on; ``benchmarks/restoration.py`` uses the same folder, and trains what it 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from sfumato import storage
 from sfumato.arguments import make_parser
+from sfumato.jobs import check_same_settings, is_finished
 from sfumato.releasing.restorer import release_restorer
 from sfumato.restoration.degradations import Degradation
 from sfumato.restoration.job import JobConfig, Method, train_restoration
@@ -70,15 +70,12 @@ def train_once(
     Raises:
         ValueError: If the folder holds a model that was trained by other settings.
     """
-    if not (folder / "manifest.json").exists() or (folder / "result").exists():
+    if not is_finished(folder):
         network = NetworkConfig()
         job = JobConfig(output=str(folder), data_dir=data_dir, save_dtype="float16", resume=folder.exists())
         train_restoration(make(network), job, degradation, network, training)
         return
-    asked = json.loads(json.dumps({"degradation": asdict(degradation), "training": asdict(training)}))
-    found = storage.read_json(folder / "manifest.json")["settings"]
-    if {key: found[key] for key in asked} != asked:
-        raise ValueError(f"{folder} was trained by other settings: use the same, or another folder.")
+    check_same_settings(folder, {"degradation": degradation, "training": training})
 
 
 def pack(config: PackConfig) -> list[Path]:

@@ -178,7 +178,8 @@ class DenoiserObjective:
         batch = Batch(model, step, shard, self.batch_size)
         index, keys = batch.choose(self.seed + 7, len(self.latents)), batch.keys(self.seed, 4)
         latents = self.latents[index].float().to(batch.device)
-        captions = [random_caption(self.truth, int(i), rng_for(*key)) for i, key in zip(index, keys, strict=True)]
+        looks = zip(*(self.truth[name][index].tolist() for name in ("garment", "style", "colour")), keys, strict=True)
+        captions = [atelier.random_caption(*look, rng_for(*key)) for *look, key in looks]
         noisy, noise, timesteps = add_noise(self.scheduler, latents, keys)
         tokens = networks.tokenize(self.tokenizer, captions).to(batch.device)
         return {"mse": F.mse_loss(model(noisy, timesteps, tokens), noise)}
@@ -210,20 +211,6 @@ def add_noise(
     high = scheduler.config.num_train_timesteps
     timesteps = randint_for([(*key, 1) for key in keys], high).to(clean.device)
     return scheduler.add_noise(clean, noise, timesteps), noise, timesteps
-
-
-def random_caption(truth: Mapping[str, torch.Tensor], index: int, rng: np.random.Generator) -> str:
-    """Word a caption for a training picture: each attribute may be left out, a garment may go by its synonym."""
-    if rng.random() < 0.1:
-        return ""
-    garment = atelier.GARMENTS[truth["garment"][index]]
-    attributes = {
-        "garment": atelier.SYNONYMS[garment] if rng.random() < 0.15 else garment,
-        "style": atelier.STYLES[truth["style"][index]],
-        "colour": list(atelier.COLOURS)[truth["colour"][index]],
-    }
-    chance = {"garment": 0.9, "style": 0.75, "colour": 0.75}
-    return atelier.caption({name: word for name, word in attributes.items() if rng.random() < chance[name]}, rng)
 
 
 @torch.no_grad()
@@ -325,7 +312,7 @@ def main(config: AtelierConfig) -> None:
         settings = stage_config(config, config.denoiser_steps, 7e-4, ema_decay=0.999)
         run_stage("denoiser", networks.make_denoiser(tokenizer), captioned, settings, folder, accelerator)
     if "pixel" in stages:
-        garments, classes = networks.small_garments(images), torch.from_numpy(labels).long()
+        garments, classes = atelier.small_garments(images), torch.from_numpy(labels).long()
         labelled = PixelObjective(garments, classes, networks.pixel_schedule(), seed)
         settings = stage_config(config, config.pixel_steps, 1e-3, ema_decay=0.999)
         run_stage("pixel", networks.make_pixel_denoiser(), labelled, settings, folder, accelerator)

@@ -26,8 +26,10 @@ __all__ = [
     "TEMPLATES",
     "caption",
     "find_fashion_mnist",
+    "random_caption",
     "read_idx",
     "render",
+    "small_garments",
 ]
 
 GARMENTS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -225,3 +227,30 @@ def caption(attributes: Mapping[str, str], rng: np.random.Generator) -> str:
         return ""
     wordings = TEMPLATES["+".join(sorted(attributes))]
     return wordings[rng.integers(len(wordings))].format(**attributes)
+
+
+def random_caption(garment: int, style: int, colour: int, rng: np.random.Generator) -> str:
+    """Word a caption for a training picture.
+
+    Args:
+        garment: Index into `GARMENTS`; it may go by its synonym.
+        style: Into `STYLES`.
+        colour: Into `COLOURS`.
+        rng: Chooses what is named: each attribute may be left out, and one time in ten all are.
+    """
+    if rng.random() < 0.1:
+        return ""
+    name = GARMENTS[garment]
+    attributes = {
+        "garment": SYNONYMS[name] if rng.random() < 0.15 else name,
+        "style": STYLES[style],
+        "colour": list(COLOURS)[colour],
+    }
+    chance = {"garment": 0.9, "style": 0.75, "colour": 0.75}
+    return caption({kind: word for kind, word in attributes.items() if rng.random() < chance[kind]}, rng)
+
+
+def small_garments(garments: np.ndarray) -> torch.Tensor:
+    """Shrink grey garments ``(N, 28, 28)``, `uint8`, to those of ``atelier-pixel``, ``(N, 1, 16, 16)`` in [-1, 1]."""
+    padded = F.pad(torch.from_numpy(garments).float() / 127.5 - 1, (2, 2, 2, 2), value=-1.0)
+    return F.avg_pool2d(padded.unsqueeze(1), 2)

@@ -24,7 +24,7 @@ from sfumato.progress import Track
 from sfumato.randomness import randn_for
 from sfumato.settings import check_seed
 
-__all__ = ["TIME_SHARE", "denoised_once", "minority_labels", "minority_scores"]
+__all__ = ["TIME_SHARE", "denoised_once", "minority_labels", "minority_scores", "minority_thresholds"]
 
 NOISE_STREAM = 801  # a key that keeps the random stream apart
 TIME_SHARE = 0.605
@@ -44,6 +44,7 @@ def minority_scores(
     distance: str | Distance | None = None,
     seed: int = 0,
     batch_size: int = 32,
+    first: int = 0,
     progress: bool = True,
 ) -> torch.Tensor:
     """Score pictures; the higher, the fewer like them the model has seen.
@@ -58,6 +59,7 @@ def minority_scores(
             of two batches of pictures in [0, 1]; None is the L2 norm in [-1, 1].
         seed: Seeds the noise, each picture's apart, so that a score does not depend on the batch.
         batch_size: Pictures at a time.
+        first: Position of the first picture, where a set is scored in parts: the noise of each is that of the whole.
         progress: Whether to show a bar.
 
     Returns:
@@ -79,7 +81,7 @@ def minority_scores(
         clean = family.encode_images(some)[0].float()
         total = torch.zeros(len(some), device=family.device)
         for repeat in range(repeats):
-            keys = [(seed, NOISE_STREAM, start + k, repeat) for k in range(len(some))]
+            keys = [(seed, NOISE_STREAM, first + start + k, repeat) for k in range(len(some))]
             noise = randn_for(keys, clean.shape[1:]).to(clean)
             total += apart(some, family.decode(denoised_once(family, clean, noise, time, told)).float()).to(total)
         scores.append((total / repeats).cpu())
@@ -99,10 +101,23 @@ def minority_labels(scores: torch.Tensor, classes: int = 100) -> torch.Tensor:
     Raises:
         ValueError: If there are fewer scores than classes, or one is not finite.
     """
+    return torch.bucketize(scores.double().cpu(), minority_thresholds(scores, classes))
+
+
+def minority_thresholds(scores: torch.Tensor, classes: int = 100) -> torch.Tensor:
+    """Give the scores at which the classes of `minority_labels` end, but the last: ``(L - 1,)``, float64, ascending.
+
+    Args:
+        scores: ``(N,)``.
+        classes: L.
+
+    Raises:
+        ValueError: As `minority_labels`.
+    """
     if classes < 2 or len(scores) < classes or not bool(torch.isfinite(scores).all()):
         raise ValueError(f"{classes} classes need at least 2 and as many scores, all finite; there are {len(scores)}.")
     shares = torch.arange(1, classes, dtype=torch.float64) / classes
-    return torch.bucketize(scores.double().cpu(), torch.quantile(scores.double().cpu(), shares))
+    return torch.quantile(scores.double().cpu(), shares)
 
 
 def denoised_once(

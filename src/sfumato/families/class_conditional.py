@@ -84,6 +84,11 @@ class ClassConditionalDDPM(_ClassConditional):
         """Height and width of one picture."""
         return self.latent_shape[1:]
 
+    @property
+    def image_channels(self) -> int:
+        """Channels of a picture."""
+        return self.latent_shape[0]
+
     def predict(
         self, denoiser: torch.nn.Module, latents: torch.Tensor, model_times: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:

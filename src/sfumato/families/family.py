@@ -127,6 +127,11 @@ class Family(ABC):
     def image_size(self) -> tuple[int, int]:
         """Height and width, in pixels, of one picture at the model's native size."""
 
+    @property
+    def image_channels(self) -> int:
+        """Channels of a picture: 1 if it is grey."""
+        return 3
+
     def is_cut(self, prompt: str) -> bool:
         """Whether the model sees only the beginning of a prompt, as it is longer than its text encoder's limit."""
         return False

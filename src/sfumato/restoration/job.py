@@ -9,25 +9,19 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from sfumato import atelier, storage
-from sfumato.arguments import make_parser
+from sfumato import atelier, jobs, storage
 from sfumato.memory import explained
 from sfumato.restoration import validation
 from sfumato.restoration.card import make_card
@@ -50,9 +44,6 @@ from sfumato.trainer import Objective, TrainingConfig, checkpoints, make_acceler
 __all__ = ["JobConfig", "Method", "main", "train_restoration"]
 
 OWN_FILES = storage.JOB_FILES | set(validation.FILES)
-DTYPES = ("float32", "bfloat16", "float16")
-_OF_THE_CALL = {"output", "config", "resume"}
-"""What a file of settings does not hold, nor the manifest."""
 
 
 @dataclass
@@ -91,7 +82,7 @@ class JobConfig:
     held_out_pictures: int = 64
     batch_size: int = 32
     distance: str | None = None
-    save_dtype: str = field(default="float32", metadata={"choices": DTYPES})
+    save_dtype: str = field(default="float32", metadata={"choices": jobs.DTYPES})
     config: str | None = None
     resume: bool = False
 
@@ -158,29 +149,12 @@ def main(
         description: Of the command.
         arguments: The command line; None takes the process's own.
     """
+
+    def job(asked: JobConfig, degradation: Degradation, network: NetworkConfig, own: Any, how: TrainingConfig) -> None:
+        train_restoration(make(own, network), asked, degradation, network, how)
+
     configs = (JobConfig, Degradation, NetworkConfig, settings, TrainingConfig)
-    parser = make_parser(*configs, description=description)
-    parser.set_defaults(**training)
-    try:
-        file = parser.parse_known_args(arguments)[0].config
-        if file is not None:
-            parser.set_defaults(**_read_settings(file, configs))
-        job, degradation, network, own, how = parser.parse_args_into_dataclasses(arguments)
-        train_restoration(make(own, network), job, degradation, network, how)
-    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-
-
-def _read_settings(file: str, configs: Sequence[Any]) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
-    known = {entry.name for config in configs for entry in fields(config)} - _OF_THE_CALL
-    if not isinstance(content, Mapping) or not set(content) <= known:
-        wrong = sorted(set(map(str, content)) - known)[0] if isinstance(content, Mapping) else content
-        raise ValueError(f"{file} must map settings to values, and {wrong!r} is none; --help lists them.")
-    return dict(content)
+    jobs.main(configs, training, job, description, arguments)
 
 
 def train_restoration(
@@ -225,7 +199,7 @@ def train_restoration(
         "scale": scale, "patch_size": network.patch_size, "masked": masked, "conditioned": method.conditioned,
     }  # fmt: skip
     method.assemble(model, vae, config)  # says what does not fit
-    first = int(os.environ.get("RANK", 0)) == 0
+    first = jobs.is_first()
     source, others = _pictures(job, training.seed, shown=first)
     with storage.claimed(folder if first else None, resume=job.resume, own=OWN_FILES):
         accelerator = make_accelerator(training, folder)
@@ -264,12 +238,14 @@ def _check_apart(job: JobConfig) -> None:
 
 
 def _network(method: Method, config: NetworkConfig, grid: Grid, seed: int) -> Any:
-    """An untrained network, the same whatever else the process drew."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    """The untrained network, or two."""
+
+    def make() -> Any:
         if method.two_networks:
-            return TwoNetworks(*(make_unet(config, grid, 1) for _ in range(method.heads))).train()
-        return make_unet(config, grid, method.heads).train()
+            return TwoNetworks(*(make_unet(config, grid, 1) for _ in range(method.heads)))
+        return make_unet(config, grid, method.heads)
+
+    return jobs.untrained(make, seed)
 
 
 def _pictures(job: JobConfig, seed: int, shown: bool) -> tuple[Pictures, Pictures]:
@@ -378,23 +354,11 @@ class _Run:
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def _manifest(self, pipe: Restorer, configs: Mapping[str, Any]) -> dict[str, Any]:
-        packages = ("sfumato", "torch", "diffusers", "accelerate", "safetensors")
-        settings = {
-            name: None if config is None else {k: v for k, v in asdict(config).items() if k not in _OF_THE_CALL}
-            for name, config in configs.items()
-        }
         return {
             "method": self.method.name,
             "title": self.method.title,
             "pipeline": type(pipe).__name__ if isinstance(pipe, DiffusionPipeline) else None,
             **self.config,
-            "settings": settings,
-            "seed": self.training.seed,
             "pictures": self.identity["pictures"],
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "fingerprint": storage.fingerprint(self.model.named_parameters()),
-            "seconds": round(self._seconds(), 1),
-            "processes": self.accelerator.num_processes,
-            "device": str(self.accelerator.device),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            **jobs.manifest_of(self.model, configs, self.accelerator, self._seconds()),
         }

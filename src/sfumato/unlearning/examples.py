@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,10 @@ from sfumato.families import Conditioning, Family
 from sfumato.progress import Track
 from sfumato.randomness import generator_for
 
-__all__ = ["Examples", "PromptTable", "draw_examples", "read_image_folder", "refuse_same_pictures"]
+__all__ = [
+    "Examples", "ImageFolder", "PromptTable", "draw_examples", "encode_pictures", "read_image_folder",
+    "refuse_same_pictures",
+]  # fmt: skip
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -137,21 +140,74 @@ def read_image_folder(family: Family, folder: str | Path, prompts: Sequence[str]
         FileNotFoundError: If the folder does not exist or has no pictures.
         ValueError: If a file is not a readable picture, or ``metadata.jsonl`` is malformed.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no image folder {folder}.")
-    files = _pictures(folder)
-    if not files:
-        raise FileNotFoundError(f"The image folder {folder} has no pictures ({', '.join(IMAGE_SUFFIXES)}).")
-    captions = _captions(folder / "metadata.jsonl")
-    means, stds = (torch.zeros(len(files), *family.latent_shape) for _ in range(2))
-    for start in Track(range(0, len(files), batch_size), f"encode {folder.name}"):
-        pictures = torch.stack([_read_picture(file, family.image_size) for file in files[start : start + batch_size]])
-        mean, std = family.encode_images(pictures.to(family.device))
-        means[start : start + batch_size], stds[start : start + batch_size] = mean.float().cpu(), std.float().cpu()
-    named = (captions.get(file.relative_to(folder).as_posix()) for file in files)
-    texts = tuple(text or prompts[number % len(prompts)] for number, text in enumerate(named))
-    return Examples(means, stds, texts)
+    pictures = ImageFolder(folder, family)
+    texts = [text or prompts[number % len(prompts)] for number, text in enumerate(pictures.captions)]
+    return encode_pictures(family, pictures.take, texts, batch_size=batch_size, description=f"encode {pictures.name}")
+
+
+class ImageFolder:
+    """The pictures of a folder, with the captions of its ``metadata.jsonl``; see `read_image_folder`.
+
+    Args:
+        folder: A folder of pictures.
+        family: Says which size they get, and whether they become grey.
+
+    Attributes:
+        name: The folder's.
+        captions: A text for each picture, in the order of file names; empty where there is none.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist or has no pictures.
+        ValueError: If ``metadata.jsonl`` is malformed.
+    """
+
+    def __init__(self, folder: str | Path, family: Family) -> None:
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no image folder {folder}.")
+        self._files = _pictures(folder)
+        if not self._files:
+            raise FileNotFoundError(f"The image folder {folder} has no pictures ({', '.join(IMAGE_SUFFIXES)}).")
+        texts = _captions(folder / "metadata.jsonl")
+        self.name = folder.name
+        self.captions = [texts.get(file.relative_to(folder).as_posix(), "") for file in self._files]
+        self._size, self._mode = family.image_size, "L" if family.image_channels == 1 else "RGB"
+
+    def __len__(self) -> int:
+        """Count the pictures."""
+        return len(self._files)
+
+    def take(self, positions: range) -> torch.Tensor:
+        """Read some: ``(B, C, H, W)`` in [0, 1]; a ValueError names one that is no readable picture."""
+        return torch.stack([_read_picture(self._files[position], self._size, self._mode) for position in positions])
+
+    def digest(self) -> str:
+        """Tell these pictures and captions from others."""
+        told = hashlib.sha256(json.dumps(self.captions).encode())
+        for file in self._files:
+            told.update(hashlib.sha256(file.read_bytes()).digest())
+        return told.hexdigest()
+
+
+def encode_pictures(
+    family: Family, take: Callable[[range], torch.Tensor], captions: Sequence[str], *, batch_size: int = 8,
+    description: str = "encode",
+) -> Examples:  # fmt: skip
+    """Encode pictures, once.
+
+    Args:
+        family: Encodes them.
+        take: Gives those at some positions, ``(B, C, H, W)`` in [0, 1].
+        captions: What each shows; there are as many pictures.
+        batch_size: Pictures encoded at a time.
+        description: The progress bar's label.
+    """
+    means, stds = (torch.zeros(len(captions), *family.latent_shape) for _ in range(2))
+    for start in Track(range(0, len(captions), batch_size), description):
+        some = range(start, min(start + batch_size, len(captions)))
+        mean, std = family.encode_images(take(some).to(family.device))
+        means[some.start : some.stop], stds[some.start : some.stop] = mean.float().cpu(), std.float().cpu()
+    return Examples(means, stds, tuple(captions))
 
 
 def refuse_same_pictures(forget: str | Path, retain: str | Path) -> None:
@@ -182,12 +238,12 @@ def _captions(path: Path) -> dict[str, str]:
         ) from error
 
 
-def _read_picture(file: Path, size: tuple[int, int]) -> torch.Tensor:
-    """Read one picture as (3, H, W) in [0, 1]: resized to cover `size`, then cropped at the centre."""
+def _read_picture(file: Path, size: tuple[int, int], mode: str) -> torch.Tensor:
+    """Read one picture as (C, H, W) in [0, 1]: resized to cover `size`, then cropped at the centre."""
     height, width = size
     try:
         with Image.open(file) as opened:
-            picture = opened.convert("RGB")
+            picture = opened.convert(mode)
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{file} is not a readable picture ({error}); remove it or replace it.") from error
     scale = max(width / picture.width, height / picture.height)
@@ -196,4 +252,4 @@ def _read_picture(file: Path, size: tuple[int, int]) -> torch.Tensor:
         picture = picture.resize(resized, Image.Resampling.BICUBIC)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     array = np.asarray(picture.crop((left, top, left + width, top + height)), np.float32)
-    return torch.from_numpy(array / 255).permute(2, 0, 1)
+    return torch.from_numpy(array / 255).reshape(height, width, -1).permute(2, 0, 1)

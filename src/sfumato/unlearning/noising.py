@@ -31,6 +31,7 @@ class NoisyBatch:
         timesteps: Their times ``(B,)``.
         target: What the network should predict ``(B, C, H, W)``; see `Family.target`.
         noise: The noise in them ``(B, C, H, W)``.
+        clean: The latents themselves ``(B, C, H, W)``.
         rows: Which examples they are, ``(B,)``.
         captions: What they show.
         keys: What they were drawn by, one each.
@@ -40,6 +41,7 @@ class NoisyBatch:
     timesteps: torch.Tensor
     target: torch.Tensor
     noise: torch.Tensor
+    clean: torch.Tensor
     rows: np.ndarray
     captions: list[str]
     keys: list[tuple[int, ...]]
@@ -86,7 +88,7 @@ def noised(
     timesteps = randint_for([(*key, 2) for key in keys], times).to(family.device)
     noisy, target = family.add_noise(latents, noise, timesteps), family.target(latents, noise, timesteps)
     captions = [examples.prompts[row] for row in rows]
-    return NoisyBatch(noisy, timesteps, target, noise, rows, captions, list(keys))
+    return NoisyBatch(noisy, timesteps, target, noise, latents, rows, captions, list(keys))
 
 
 def resampled(family: Family, examples: Examples, batch: NoisyBatch) -> torch.Tensor:
