@@ -126,8 +126,8 @@ class MinorityClassifier(ModelMixin, ConfigMixin):
         wanted = (self.config.in_channels, *(self.size if self.gather is not None else sample.shape[2:]))
         if sample.ndim != 4 or tuple(sample.shape[1:]) != wanted:
             raise ValueError(
-                f"The classifier takes samples (batch, {', '.join(map(str, wanted))}), got {tuple(sample.shape)}: it is"
-                " of another model."
+                f"The classifier takes samples (batch, {', '.join(map(str, wanted))}), got {tuple(sample.shape)}: it"
+                " is of another model."
             )
         times = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))  # (B,)
         told = self.time_embedding(self.time_proj(times).to(self.dtype))  # (B, 4 * C0)

@@ -178,8 +178,9 @@ class DenoiserObjective:
         batch = Batch(model, step, shard, self.batch_size)
         index, keys = batch.choose(self.seed + 7, len(self.latents)), batch.keys(self.seed, 4)
         latents = self.latents[index].float().to(batch.device)
-        looks = zip(*(self.truth[name][index].tolist() for name in ("garment", "style", "colour")), keys, strict=True)
-        captions = [atelier.random_caption(*look, rng_for(*key)) for *look, key in looks]
+        garments, styles, colours = (self.truth[name][index].tolist() for name in ("garment", "style", "colour"))
+        rows = zip(garments, styles, colours, keys, strict=True)
+        captions = [atelier.random_caption(*look, rng_for(*key)) for *look, key in rows]
         noisy, noise, timesteps = add_noise(self.scheduler, latents, keys)
         tokens = networks.tokenize(self.tokenizer, captions).to(batch.device)
         return {"mse": F.mse_loss(model(noisy, timesteps, tokens), noise)}

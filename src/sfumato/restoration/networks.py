@@ -14,7 +14,7 @@ from sfumato.loading import check_part, folder_of
 from sfumato.pipelines.restoration import condition_channels
 from sfumato.settings import check_ranges, check_types
 
-__all__ = ["Autoencoder", "Grid", "NetworkConfig", "TwoNetworks", "load_autoencoder", "make_unet"]
+__all__ = ["Autoencoder", "Grid", "NetworkConfig", "TwoNetworks", "check_widths", "load_autoencoder", "make_unet"]
 
 Autoencoder: TypeAlias = AutoencoderKL | VQModel
 
@@ -47,17 +47,27 @@ class NetworkConfig:
         check_types(self)
         counts = ("patch_size", "layers_per_block", "attention_head_dim", "norm_num_groups")
         check_ranges(self, {**dict.fromkeys(counts, 1), "attention_levels": 0})
-        if not self.channels or any(not isinstance(width, int) or width < 1 for width in self.channels):
-            raise ValueError(f"`channels` must be whole numbers from 1 on, one a resolution, got {self.channels}.")
-        for name, of in (("norm_num_groups", self.channels), ("attention_head_dim", self._attending)):
-            uneven = next((width for width in of if width % getattr(self, name)), None)
-            if uneven is not None:
-                raise ValueError(f"`{name}` {getattr(self, name)} does not divide the {uneven} of `channels`.")
+        check_widths(self.channels, self.attention_levels, self.norm_num_groups, self.attention_head_dim)
 
-    @property
-    def _attending(self) -> list[int]:
-        """Widths of the resolutions with attention; the middle, as wide as the last, always has it."""
-        return self.channels[-max(1, self.attention_levels) :]
+
+def check_widths(channels: list[int], attention_levels: int, norm_num_groups: int, attention_head_dim: int) -> None:
+    """Raise a ValueError unless widths are such, and groups and heads divide them.
+
+    Args:
+        channels: Of each resolution, the finest first.
+        attention_levels: How many of the coarsest have attention; the middle, as wide as the last, always has it.
+        norm_num_groups: Groups of the normalisations.
+        attention_head_dim: Channels of each attention head.
+    """
+    if not channels or any(not isinstance(width, int) or width < 1 for width in channels):
+        raise ValueError(f"`channels` must be whole numbers from 1 on, one a resolution, got {channels}.")
+    attending = channels[-max(1, attention_levels) :]
+    for name, part, of in (
+        ("norm_num_groups", norm_num_groups, channels), ("attention_head_dim", attention_head_dim, attending)
+    ):  # fmt: skip
+        uneven = next((width for width in of if width % part), None)
+        if uneven is not None:
+            raise ValueError(f"`{name}` {part} does not divide the {uneven} of `channels`.")
 
 
 @dataclass(frozen=True)
