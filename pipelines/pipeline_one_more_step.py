@@ -33,7 +33,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["OneMoreStepPipeline", "initial_sample", "load_timeless_unet"]
+__all__ = ["OneMoreStepPipeline", "encoders_of", "initial_sample", "load_timeless_unet", "text_states"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class OneMoreStepPipeline(DiffusionPipeline):
 
     Args:
         unet: The network of the step, of which the time is without effect; see `load_timeless_unet`.
-        text_encoder: Encodes its prompts; None takes the text encoder of `base`.
+        text_encoder: Encodes its prompts; None takes the text encoder of `base`, of Stable Diffusion XL both.
         tokenizer: Likewise.
         text_encoder_2: A second one, of modules that are told both of Stable Diffusion XL.
         tokenizer_2: Likewise.
@@ -176,7 +176,7 @@ class OneMoreStepPipeline(DiffusionPipeline):
             Of the shape of the noise; -v is the picture that the step has in mind, as latents.
         """
         guided = guidance_scale != 1
-        told = self._encode([*([""] * len(prompts) if guided else []), *prompts]).to(noise.dtype)
+        told = self.encode([*([""] * len(prompts) if guided else []), *prompts]).to(noise.dtype)
         seen = torch.cat([noise, noise]) if guided else noise
         found = self.unet(seen, 0, encoder_hidden_states=told, return_dict=False)[0]
         if not guided:
@@ -204,26 +204,56 @@ class OneMoreStepPipeline(DiffusionPipeline):
         usual = (size, size) if isinstance(size, int) else tuple(size)
         return (usual[0] if height is None else height // factor), (usual[1] if width is None else width // factor)
 
-    def _encode(self, prompts: list[str]) -> Tensor:
-        """What the network is told, ``(B, T, width)``: the last hidden states, or of two encoders the last but one."""
-        pairs = [(self.tokenizer or self.base.tokenizer, self.text_encoder or self.base.text_encoder)]
-        if self.text_encoder_2 is not None:
-            pairs.append((self.tokenizer_2, self.text_encoder_2))
-        states = []
-        for tokenizer, encoder in pairs:
-            tokens = tokenizer(
-                prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                return_tensors="pt",
-            ).input_ids.to(self._execution_device)  # fmt: skip
-            found = encoder(tokens, output_hidden_states=True)
-            states.append(found.last_hidden_state if len(pairs) == 1 else found.hidden_states[-2])
-        told = torch.cat(states, dim=-1)
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Give what the network is told: the last hidden states, or of two text encoders the last but one.
+
+        Args:
+            prompts: ``B`` of them.
+
+        Returns:
+            ``(B, tokens, width)``.
+
+        Raises:
+            ValueError: If the text encoder is not the one that the network was trained with.
+        """
+        source = self if self.text_encoder is not None else self.base
+        (_, encoder), *second = encoders_of(source)
+        told = text_states([(self.tokenizer or self.base.tokenizer, encoder), *second], prompts)
         if told.shape[-1] != self.unet.config.cross_attention_dim:
             raise ValueError(
                 f"The network of the step is told states of the width {self.unet.config.cross_attention_dim}, and its"
                 f" text encoder gives {told.shape[-1]}: load the step with the encoder that it was trained with."
             )
         return told
+
+
+def encoders_of(pipe: Any) -> list[tuple[Any, Any]]:
+    """Give the tokenizers and text encoders of a Stable Diffusion pipeline, or of a step: one pair, or two."""
+    pairs = [(pipe.tokenizer, pipe.text_encoder)]
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        pairs.append((pipe.tokenizer_2, pipe.text_encoder_2))
+    return pairs
+
+
+@torch.no_grad()
+def text_states(encoders: list[tuple[Any, Any]], prompts: list[str]) -> Tensor:
+    """Give what the network of a step is told of prompts.
+
+    Args:
+        encoders: As `encoders_of` gives them.
+        prompts: ``B`` of them.
+
+    Returns:
+        The last hidden states, or of two encoders the last but one, side by side, ``(B, tokens, width)``.
+    """
+    states = []
+    for tokenizer, encoder in encoders:
+        tokens = tokenizer(
+            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids.to(encoder.device)
+        found = encoder(tokens, output_hidden_states=True)
+        states.append(found.last_hidden_state if len(encoders) == 1 else found.hidden_states[-2])
+    return torch.cat(states, dim=-1)
 
 
 def initial_sample(velocity: Tensor, noise: Tensor, alpha: float, *, variance_as_std: bool = False) -> Tensor:
