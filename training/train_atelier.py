@@ -180,7 +180,7 @@ class DenoiserObjective:
         latents = self.latents[index].float().to(batch.device)
         garments, styles, colours = (self.truth[name][index].tolist() for name in ("garment", "style", "colour"))
         rows = zip(garments, styles, colours, keys, strict=True)
-        captions = [atelier.random_caption(*look, rng_for(*key)) for *look, key in rows]
+        captions = [atelier.random_caption(g, s, c, rng_for(*key)) for g, s, c, key in rows]
         noisy, noise, timesteps = add_noise(self.scheduler, latents, keys)
         tokens = networks.tokenize(self.tokenizer, captions).to(batch.device)
         return {"mse": F.mse_loss(model(noisy, timesteps, tokens), noise)}

@@ -111,6 +111,11 @@ def is_finished(folder: Path) -> bool:
     return (folder / "manifest.json").exists() and not (folder / "result").exists()
 
 
+def _lasting(config: Any) -> dict[str, Any]:
+    """Settings without those of the call, and without where data lies."""
+    return {name: value for name, value in asdict(config).items() if name not in _OF_THE_CALL | {"data_dir"}}
+
+
 def check_same_settings(folder: Path, asked: Mapping[str, Any]) -> None:
     """Raise a ValueError unless a finished job had these settings.
 
@@ -118,7 +123,7 @@ def check_same_settings(folder: Path, asked: Mapping[str, Any]) -> None:
         folder: Of its result.
         asked: Name of a config, as in the manifest, to the dataclass.
     """
-    wanted = json.loads(json.dumps({name: asdict(config) for name, config in asked.items()}))
+    wanted = json.loads(json.dumps({name: _lasting(config) for name, config in asked.items()}))
     found = storage.read_json(folder / "manifest.json")["settings"]
-    if {name: found[name] for name in wanted} != wanted:
+    if any({**found[name], **settings} != found[name] for name, settings in wanted.items()):
         raise ValueError(f"{folder} was trained by other settings: use the same, or another folder.")

@@ -23,7 +23,7 @@ LOOKS, WORDS = 811, 812  # keys that keep the random streams apart
 class Captioned(Protocol):
     """Pictures, each with what it shows."""
 
-    captions: Sequence[str]
+    captions: list[str]
     """A prompt for each; of a class-conditional model the name of its class."""
 
     def take(self, positions: range) -> torch.Tensor:

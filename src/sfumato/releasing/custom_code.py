@@ -21,7 +21,9 @@ import diffusers
 import sfumato
 from sfumato import storage
 
-__all__ = ["CustomCode", "add_custom_code", "find_custom_code", "scheduler_named", "ship_code"]
+__all__ = [
+    "CustomCode", "add_custom_code", "find_custom_code", "scheduler_named", "ship_code", "ship_model_code",
+]  # fmt: skip
 
 _STOCK = ("diffusers", "transformers")
 
@@ -141,6 +143,20 @@ def ship_code(folder: str | Path) -> None:
     if isinstance(entry, list) and entry[-1] in sfumato.__all__:
         index["scheduler"] = [f"sfumato.schedulers.{entry[0].rpartition('.')[2]}", entry[-1]]
     add_custom_code(find_custom_code(index, None), Path(folder))
+
+
+def ship_model_code(found: Any, folder: str | Path) -> None:
+    """Put the code of a network of ours into its folder, so that it loads where this package is not installed.
+
+    ``AutoModel.from_pretrained(folder, trust_remote_code=True)`` of diffusers loads it then.
+
+    Args:
+        found: Its class.
+        folder: What ``save_pretrained`` of it wrote.
+    """
+    config = storage.read_json(Path(folder) / "config.json")
+    config["auto_map"] = {"AutoModel": ".".join(_copy(found, Path(folder)))}
+    storage.write_text(Path(folder) / "config.json", json.dumps(config, indent=2))
 
 
 def _copy(found: Any, folder: Path) -> list[str]:

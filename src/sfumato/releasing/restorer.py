@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers import UNet2DModel
 from huggingface_hub import ModelCard
 
 from sfumato import storage
-from sfumato.loading import EMBEDDED
 from sfumato.releasing import hub
-from sfumato.releasing.base import HUB_ID, check_licence
-from sfumato.releasing.commands import file_name
+from sfumato.releasing.base import check_licence
 from sfumato.releasing.contents import check_files, copy_pipeline, is_same_release
 from sfumato.releasing.custom_code import ship_code
+from sfumato.releasing.places import recipe_of_settings, without_places
 from sfumato.restoration.card import SAMPLES_FILE, Published, make_card
 from sfumato.restoration.validation import CURVES_FILE, ROWS_FILE, picture_of
 
@@ -28,8 +26,6 @@ __all__ = ["is_restorer", "release_restorer"]
 
 METHODS = ("resshift", "rddm")
 _NEEDED = {"settings": dict, "fingerprint": str, "title": str, "pipeline": str, "scale": int, "parameters": int}
-_PLACES = ("data", "data_dir", "held_out", "vae", "distance")
-"""Settings that may name a folder of whoever trained it."""
 
 
 def is_restorer(folder: str | Path) -> bool:
@@ -64,7 +60,7 @@ def release_restorer(
     if license is None:
         raise ValueError("A model of your own has no base whose licence it inherits: state one with `license`.")
     check_licence(license)
-    recipe, brought = _recipe(manifest)
+    recipe, brought = recipe_of_settings(manifest["settings"])
     name = push or output.resolve().name
     published = Published(name, license, code, (folder / CURVES_FILE).is_file(), brought)
     run = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:16]
@@ -78,7 +74,7 @@ def release_restorer(
             if code:
                 ship_code(release)
             storage.write_text(release / "recipe.yaml", recipe)
-            stated = {**manifest, "settings": _without_places(manifest["settings"]), **told, "release": request}
+            stated = {**manifest, "settings": without_places(manifest["settings"]), **told, "release": request}
             storage.write_text(release / "manifest.json", json.dumps(stated, indent=1))
             if published.curves:
                 shutil.copyfile(folder / CURVES_FILE, release / CURVES_FILE)
@@ -115,34 +111,3 @@ def _fingerprint(folder: Path, manifest: Mapping[str, Any]) -> str:
         prefix = f"{name}." if len(names) > 1 else ""
         found |= {f"{prefix}{key}": value for key, value in network.named_parameters()}
     return storage.fingerprint(found.items())
-
-
-def _recipe(manifest: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """The settings as a file for ``--config``, and those that name files of whoever trained it."""
-    parts = manifest["settings"].values()
-    flat = {name: value for part in parts if part is not None for name, value in part.items()}
-    brought = tuple(name for name in _PLACES if _is_place(name, flat.get(name)))
-    told = {name: file_name(value) if name in brought else value for name, value in flat.items()}
-    return yaml.safe_dump(told, sort_keys=False, allow_unicode=True), brought
-
-
-def _is_place(name: str, value: Any) -> bool:
-    """Whether a setting names a folder or file of whoever trained it, and neither an embedded model nor the Hub's."""
-    if not isinstance(value, str) or value in ("atelier", *EMBEDDED):
-        return False
-    if name == "distance":
-        return ":" in value and value.partition(":")[0] != "lpips"
-    return (
-        name in ("data_dir", "held_out")
-        or value.startswith(".")
-        or not HUB_ID.fullmatch(value)
-        or Path(value).is_dir()
-    )
-
-
-def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        part: None if given is None
-        else {k: file_name(v) if k in _PLACES and _is_place(k, v) else v for k, v in given.items()}
-        for part, given in settings.items()
-    }  # fmt: skip
