@@ -1,6 +1,8 @@
-"""Settings of the whole suite, tiny pipelines of every kind of diffusers, and jobs on several processes."""
+"""Settings of the whole suite, tiny pipelines of every kind, made-up garments, and jobs on several processes."""
 
+import gzip
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+
+from sfumato.loading import assets_folder
 
 # The models here are tiny: more threads cost more than they save (a pipeline suite went from 214 s to 70 s with one).
 torch.set_num_threads(1)
@@ -238,3 +243,25 @@ def launch():
         return subprocess.Popen(command, env=environment, cwd=root, start_new_session=True, stderr=subprocess.DEVNULL)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist(tmp_path_factory):
+    """A folder of sixty garments, blobs of several sizes, in each split."""
+    folder, rng = tmp_path_factory.mktemp("fashion"), np.random.default_rng(0)
+    across, down = np.meshgrid(np.arange(28), np.arange(28))
+    for split in ("train", "t10k"):
+        radii = rng.uniform(4, 13, (60, 2, 1, 1))
+        inside = ((across - 14) / radii[:, 0]) ** 2 + ((down - 14) / radii[:, 1]) ** 2 < 1
+        images = (inside * rng.integers(80, 256, (60, 28, 28))).astype(np.uint8)
+        labels = np.arange(60, dtype=np.uint8) % 10
+        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            (folder / f"{split}-{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def renders():
+    """The folder of 240 renders, 32x32."""
+    return str(assets_folder() / "renders")
