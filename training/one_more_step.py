@@ -9,9 +9,9 @@ the picture x0, and the caption c:
     loss = mean of (v(n, c) + x0)^2
 
 so that -v becomes the mean of the pictures of a caption, in the model's latents. The authors have published no
-training; this is the equation of the paper's section 4. Captions are encoded as `OneMoreStepPipeline` encodes prompts,
-and dropped one time in ten, so that the step can be guided. The result is what ``OneMoreStepPipeline.from_pretrained(
-"out/", base=pipe)`` loads. ``--help`` lists every setting.
+training: this is what a velocity is where A = 0, and all settings are ours. Captions are encoded as
+`OneMoreStepPipeline` encodes prompts, and dropped one time in ten, so that the step can be guided. The result is what
+``OneMoreStepPipeline.from_pretrained("out/", base=pipe)`` loads. ``--help`` lists every setting.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ TRAINING = {
     "steps": 10000, "learning_rate": 1e-4, "optimizer": "adamw", "lr_schedule": "cosine", "warmup_steps": 200,
     "max_grad_norm": 1.0, "ema_decay": 0.999, "checkpoint_every": 1000,
 }  # fmt: skip
-"""How to train, in the place of the defaults of `TrainingConfig`; the paper does not say."""
+"""How to train, in the place of the defaults of `TrainingConfig`; the authors have published nothing of it."""
 
 
 class OneMoreStep:

@@ -61,7 +61,8 @@ def test_minority_classifiers_are_for_all_but_flows(kind, pipe, train, tmp_path)
         assert not (tmp_path / "out").exists()
         return
     train(method)
-    assert "for MODEL" in (tmp_path / "out" / "README.md").read_text()  # a local folder's name is of no use to others
+    told = [(tmp_path / "out" / name).read_text() for name in ("README.md", "manifest.json")]
+    assert "for MODEL" in told[0] and '"beside": "tiny"' in told[1]  # a local folder's name is of no use to others
     family = family_of(pipe)
     loaded = MinorityClassifier.from_pretrained(tmp_path / "out")
     assert loaded(torch.zeros(1, *family.latent_shape), 3).shape == (1, 2) and len(loaded.config.thresholds) == 1

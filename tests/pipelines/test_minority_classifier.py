@@ -130,6 +130,7 @@ save_file({"logits": model(torch.ones(1, 2, 8, 8), 7).detach()}, "found.safetens
 """
 
 
+@pytest.mark.slow
 def test_it_loads_where_this_package_is_not_installed(tmp_path):
     model = make()
     model.save_pretrained(tmp_path / "model")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData
 
-from sfumato.releasing.base import HUB_ID
+from sfumato.loading import EMBEDDED
 
 __all__ = ["CLASSIFIER", "ONE_MORE_STEP", "make_card"]
 
@@ -62,12 +61,12 @@ def make_card(manifest: Mapping[str, Any], *, name: str | None = None, licence: 
     Returns:
         Markdown, with the metadata of the Hub before it. Local paths are left out.
     """
-    kind, settings, beside = _KINDS[manifest["method"]], manifest["settings"], str(manifest["beside"])
-    public = "/" not in beside or (HUB_ID.fullmatch(beside) is not None and not Path(beside).is_dir())
-    shown = beside if public else "MODEL"
+    kind, settings, beside = _KINDS[manifest["method"]], manifest["settings"], manifest["beside"]
+    on_hub = beside is not None and "/" in beside
+    shown = beside if on_hub or beside in EMBEDDED else "MODEL"
     data = ModelCardData(
         license=licence, library_name="diffusers", pipeline_tag=kind.tag,
-        tags=["diffusers", "sfumato", manifest["method"]], base_model=beside if "/" in beside and public else None,
+        tags=["diffusers", "sfumato", manifest["method"]], base_model=beside if on_hub else None,
     )  # fmt: skip
     code = kind.code.format(model=json.dumps(shown), place=json.dumps(name or "FOLDER"))
     lines = [

@@ -201,7 +201,7 @@ def train_guidance(method: Method, job: JobConfig, network: NetworkConfig, train
         if accelerator.is_main_process:
             configs = {"job": job, "network": network, "method": method.settings, "training": training}
             manifest = {
-                "method": method.name, "beside": job.model, "family": family.label, **facts, "measured": measured,
+                "method": method.name, "beside": family.origin, "family": family.label, **facts, "measured": measured,
                 **jobs.manifest_of(model, configs, accelerator, time.perf_counter() - began),
             }  # fmt: skip
             _write(folder, result, history, manifest)

@@ -15,7 +15,6 @@ from sfumato import storage
 from sfumato.guidance.card import CLASSIFIER, ONE_MORE_STEP, make_card
 from sfumato.pipelines.minority_classifier import MinorityClassifier
 from sfumato.releasing.base import check_licence
-from sfumato.releasing.commands import file_name
 from sfumato.releasing.contents import check_files, copy_pipeline, is_same_release
 from sfumato.releasing.custom_code import ship_code, ship_model_code
 from sfumato.releasing.places import recipe_of_settings, without_places
@@ -58,9 +57,7 @@ def release_guidance(result: str | Path, output: str | Path, *, license: str, co
     recipe, _ = recipe_of_settings(manifest["settings"])
     card = make_card(manifest, name=output.resolve().name, licence=license)
     stated = {
-        **manifest, "beside": file_name(str(manifest["beside"])) if Path(manifest["beside"]).is_dir() else
-        manifest["beside"], "settings": without_places(manifest["settings"]),
-        "result_fingerprint": manifest["fingerprint"],
+        **manifest, "settings": without_places(manifest["settings"]), "result_fingerprint": manifest["fingerprint"],
     }  # fmt: skip
     with storage.atomic_directory(output) as release:
         if manifest["method"] == CLASSIFIER:
