@@ -4,7 +4,7 @@ Plain ancestral sampling, minority guidance by a classifier of noisy samples, se
 text, MinorityPrompt draw the same prompts from the same seeds. Printed are means with 95 % intervals of the minority
 score of what was drawn (L2), its distance to the nearest real test pictures and its local outlier factor among them,
 in the judge's features, and the share that the judge still takes for the garment that was asked for; real pictures
-stand beside them. ``minority-MODEL.png`` shows some. A classifier that the folder lacks is trained first.
+stand beside them. ``minority-MODEL.png`` shows some.
 """
 
 import json
@@ -46,7 +46,7 @@ class MinorityConfig:
     """What to compare.
 
     Attributes:
-        output: Folder for the table, the pictures and the classifier.
+        output: Folder for the table and the pictures.
         model: ``atelier`` or ``atelier-pixel``.
         methods: Comma-separated: plain, classifier, self, boost, word.
         pictures: To draw with each, as many of each garment.
@@ -59,7 +59,7 @@ class MinorityConfig:
         boost: Deviation of the initial noise of Boost-and-Skip.
         skip_steps: Steps that it leaves out.
         word_stop_ratio: The word of MinorityPrompt is learnt above this share of the times.
-        classifier: Folder of a trained one; None trains one in `output`.
+        classifier: Folder of a classifier; None takes the embedded one.
         batch_size: Pictures at a time.
         seed: Of everything.
         data_dir: Folder with Fashion-MNIST's four files; None looks for Debian's package, then the Hub.
@@ -134,7 +134,7 @@ def stock(pipe: Any, scheduler: MinorityGuidanceScheduler) -> Draw:
 def by_classifier(pipe: Any, config: MinorityConfig) -> Draw:
     """Minority guidance towards the rarest of the classifier's classes."""
     scheduler = scheduled(pipe, guidance_scale=config.classifier_scale)
-    scheduler.set_classifier(classifier_of(pipe, config))
+    scheduler.set_classifier(sfumato.load(config.classifier or f"{config.model}-minority"))
     return stock(pipe, scheduler)
 
 
@@ -218,11 +218,6 @@ class Sight:
             values["outlier"] = local_outlier_factors(features, self.near)
         right = int((self.judge.predict(self.seen(pictures))["garment"] == torch.tensor(garments)).sum())
         return {**summarise(values), "precision": wilson(right, len(pictures))}
-
-
-def classifier_of(pipe: DiffusionPipeline, config: MinorityConfig) -> Any:
-    """The classifier, trained if the folder has none."""
-    raise NotImplementedError
 
 
 def drawn(draw: Draw, config: MinorityConfig, description: str) -> tuple[torch.Tensor, float]:

@@ -24,7 +24,10 @@ __all__ = [
     "manifest_of",
 ]  # fmt: skip
 
-EMBEDDED = ("atelier", "atelier-pixel", "atelier-sr", "atelier-inpaint")
+EMBEDDED = (
+    "atelier", "atelier-pixel", "atelier-sr", "atelier-inpaint", "atelier-one-more-step", "atelier-minority",
+    "atelier-pixel-minority",
+)  # fmt: skip
 PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
 """How the names of files end that can run code when they are read."""
 
@@ -58,19 +61,20 @@ def folder_of(name: str) -> Path:
     return assets_folder() / name if name in EMBEDDED else Path(name)
 
 
-def load(pretrained_model_name_or_path: str | Path = "atelier", **kwargs: Any) -> DiffusionPipeline:
+def load(pretrained_model_name_or_path: str | Path = "atelier", **kwargs: Any) -> Any:
     """Load a pipeline: an embedded model by name, a local folder, or a Hub id.
 
     Args:
         pretrained_model_name_or_path: ``"atelier"`` (text to picture, 32x32), ``"atelier-pixel"`` (class-conditional
             pixel DDPM, 16x16), ``"atelier-sr"`` and ``"atelier-inpaint"`` (ResShift in four steps, from 8x8 to 32x32
-            and for holes in 32x32), a folder written by ``save_pretrained`` of diffusers' pipelines or ours, or an id
-            on the Hugging Face Hub.
+            and for holes in 32x32), ``"atelier-one-more-step"`` (with ``base=pipe``, a step for ``"atelier"``),
+            ``"atelier-minority"`` and ``"atelier-pixel-minority"`` (classifiers for minority guidance), a folder
+            written by ``save_pretrained`` of diffusers' pipelines or ours, or an id on the Hugging Face Hub.
         **kwargs: Passed on to ``DiffusionPipeline.from_pretrained``; ``dtype`` is float32 unless given, and
             ``use_safetensors`` is True always.
 
     Returns:
-        The pipeline, on the CPU.
+        The pipeline, on the CPU; of the classifiers a `MinorityClassifier`.
 
     Raises:
         FileNotFoundError: If it looks like a local folder and is none, or the Hub does not have it.
@@ -241,7 +245,9 @@ def _is_interrupted(error: BaseException | None) -> bool:
     return False
 
 
-def _load_folder(folder: Path, kwargs: Mapping[str, Any]) -> DiffusionPipeline:
+def _load_folder(folder: Path, kwargs: Mapping[str, Any]) -> Any:
+    if not (folder / "model_index.json").exists() and (folder / "config.json").is_file():
+        return _load_network(folder, kwargs)
     _check_files(folder, given=kwargs)
     pipeline_class = _pipeline_class(folder)
     try:
@@ -255,6 +261,20 @@ def _load_folder(folder: Path, kwargs: Mapping[str, Any]) -> DiffusionPipeline:
         if isinstance(part, torch.nn.Module) and name not in kwargs:
             _check_weights(folder / name, part, kwargs.get("variant"))
     return pipe
+
+
+def _load_network(folder: Path, kwargs: Mapping[str, Any]) -> Any:
+    """A network of ours that is no part of a pipeline."""
+    check_part(folder)
+    named = storage.read_json(folder / "config.json").get("_class_name")
+    if named != "MinorityClassifier":
+        raise FileNotFoundError(f"{folder} is not a diffusers pipeline: it has no model_index.json.")
+    if set(kwargs) > {"dtype", "use_safetensors"}:
+        unknown = sorted(set(kwargs) - {"dtype", "use_safetensors"})
+        raise ValueError(f"A classifier is loaded with `dtype` alone, not with `{unknown[0]}`.")
+    network = sfumato.MinorityClassifier.from_pretrained(folder, torch_dtype=kwargs["dtype"], use_safetensors=True)
+    _check_weights(folder, network, None)
+    return network.eval()
 
 
 def _pipeline_class(folder: Path) -> Any:
