@@ -76,10 +76,10 @@ def jobs_of(config: PackConfig) -> dict[str, tuple[Any, dict[str, Any], NetworkC
 
 
 def training_of(method: Any, steps: int) -> TrainingConfig:
-    """Give the settings of training: the classifiers' weights decay, as the paper has it."""
-    decay = 0.05 if isinstance(method, Minority) else 0.0
+    """Give the settings of training: of the classifiers the paper's rate, and decay of the weights."""
+    rate, decay = (3e-4, 0.05) if isinstance(method, Minority) else (1e-3, 0.0)
     return TrainingConfig(
-        steps=steps, learning_rate=1e-3, optimizer="adamw", weight_decay=decay, lr_schedule="cosine",
+        steps=steps, learning_rate=rate, optimizer="adamw", weight_decay=decay, lr_schedule="cosine",
         warmup_steps=min(200, steps // 10), max_grad_norm=1.0, ema_decay=0.999, checkpoint_every=250,
     )  # fmt: skip
 

@@ -107,8 +107,8 @@ def test_networks_are_sized_by_the_latents():
     assert 1e6 < small < 1.4e6 and large == pytest.approx(154e6, rel=0.01)  # the published one
     with pytest.raises(ValueError, match="takes sides that 4 divides, and the model's are 6 x 6"):
         make_timeless_unet(NetworkConfig(channels=[32, 32, 32]), (4, 6, 6), 8)
-    with pytest.raises(ValueError, match="`norm_num_groups` 32 does not divide the 40"):
-        make_timeless_unet(NetworkConfig(channels=[40]), (4, 8, 8), 8)
+    with pytest.raises(ValueError, match="`norm_num_groups` 8 does not divide the 36"):
+        make_timeless_unet(NetworkConfig(channels=[36]), (4, 8, 8), 8)
 
 
 def test_a_schedule_without_a_flaw_is_refused(family):

@@ -34,7 +34,7 @@ class NetworkConfig:
     layers_per_block: int | None = None
     attention_levels: int | None = None
     attention_head_dim: int = 32
-    norm_num_groups: int = 32
+    norm_num_groups: int | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -44,8 +44,8 @@ class NetworkConfig:
 
     def shape(
         self, latent_shape: tuple[int, int, int], small: list[int], large: list[int], attending: int | None
-    ) -> tuple[list[int], int, int]:
-        """Give channels, layers of a block, and levels with attention.
+    ) -> tuple[list[int], int, int, int]:
+        """Give channels, layers of a block, levels with attention, and groups of the normalisations.
 
         Args:
             latent_shape: Channels, height and width.
@@ -61,7 +61,10 @@ class NetworkConfig:
         layers = self.layers_per_block or (1 if is_small else 2)
         usual = len(channels) - 1 if attending is None else attending
         levels = usual if self.attention_levels is None else self.attention_levels
-        check_widths(channels, levels, self.norm_num_groups, self.attention_head_dim)
+        groups = self.norm_num_groups or (
+            8 if is_small else 32
+        )  # a group of a channel or two forgets how bright it is
+        check_widths(channels, levels, groups, self.attention_head_dim)
         step = 2 ** (len(channels) - 1)
         if any(side % step for side in latent_shape[1:]):
             sides = " x ".join(map(str, latent_shape[1:]))
@@ -69,7 +72,7 @@ class NetworkConfig:
                 f"A network of {len(channels)} resolutions takes sides that {step} divides, and the model's are"
                 f" {sides}: change `channels`."
             )
-        return channels, layers, levels
+        return channels, layers, levels, groups
 
 
 def make_timeless_unet(config: NetworkConfig, latent_shape: tuple[int, int, int], told: int) -> UNet2DConditionModel:
@@ -81,13 +84,13 @@ def make_timeless_unet(config: NetworkConfig, latent_shape: tuple[int, int, int]
         latent_shape: Channels, height and width of its input, and its output.
         told: The width of the text encoder's states.
     """
-    channels, layers, levels = config.shape(latent_shape, [64, 64], [160, 320, 640], None)
+    channels, layers, levels, groups = config.shape(latent_shape, [64, 64], [160, 320, 640], None)
     attends = [level >= len(channels) - levels for level in range(len(channels))]
     unet = UNet2DConditionModel(
         sample_size=_side(latent_shape), in_channels=latent_shape[0], out_channels=latent_shape[0],
         block_out_channels=tuple(channels), layers_per_block=layers, cross_attention_dim=told,
         attention_head_dim=tuple(max(1, width // config.attention_head_dim) for width in channels),
-        norm_num_groups=config.norm_num_groups, time_embedding_dim=8,
+        norm_num_groups=groups, time_embedding_dim=8,
         down_block_types=tuple("CrossAttnDownBlock2D" if one else "DownBlock2D" for one in attends),
         up_block_types=tuple("CrossAttnUpBlock2D" if one else "UpBlock2D" for one in reversed(attends)),
     )  # fmt: skip
@@ -110,11 +113,11 @@ def make_classifier(
         classes: Of its output.
         pool: ``"attention"`` or ``"average"``.
     """
-    channels, layers, levels = config.shape(latent_shape, [64, 128], [128, 256, 384, 512], 1)
+    channels, layers, levels, groups = config.shape(latent_shape, [64, 128], [128, 256, 384, 512], 1)
     return MinorityClassifier(
         num_classes=classes, in_channels=latent_shape[0], sample_size=_side(latent_shape),
         block_out_channels=channels, layers_per_block=layers, attention_levels=levels,
-        attention_head_dim=config.attention_head_dim, norm_num_groups=config.norm_num_groups, pool=pool,
+        attention_head_dim=config.attention_head_dim, norm_num_groups=groups, pool=pool,
     )  # fmt: skip
 
 
