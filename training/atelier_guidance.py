@@ -68,7 +68,7 @@ def jobs_of(config: PackConfig) -> dict[str, tuple[Any, dict[str, Any], NetworkC
     minority = MinorityConfig(classes=config.classes, repeats=config.repeats)
     scored = {"pictures": config.pictures}
     made: tuple[tuple[Any, dict[str, Any], NetworkConfig], ...] = (
-        (OneMoreStep(OneMoreStepConfig()), {}, NetworkConfig()),
+        (OneMoreStep(OneMoreStepConfig()), {}, NetworkConfig(norm_num_groups=32)),
         (Minority(minority), scored, NetworkConfig()),
         (Minority(minority), {**scored, "model": "atelier-pixel"}, NetworkConfig(channels=[32, 64, 128])),
     )
