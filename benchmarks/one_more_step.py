@@ -4,7 +4,8 @@ Pictures of the captions whose real renders are darkest and brightest are drawn 
 step, from the same seeds. Printed, for each schedule: the signal that its first time still holds, the range of the
 pictures' mean brightness (from the 1st to the 99th percentile), how far its distribution lies from that of real test
 pictures with the same captions (Wasserstein distance, as a share of white), dark and bright captions apart, and what
-the judge recognises, of these pictures and of all captions alike. ``one-more-step.png`` shows some of both.
+the judge recognises, of these pictures and of all captions alike. ``one-more-step.png`` shows some of both. A second
+table says how far the step's own prompt, which names a colour, chooses that of pictures whose prompts name none.
 """
 
 import json
@@ -44,6 +45,7 @@ class StepConfig:
         pictures: To draw of each look, as many of each garment.
         guidance_scale: Classifier-free guidance of the sampler.
         oms_guidance_scale: Of the extra step.
+        colour_scales: Comma-separated guidance scales of the extra step that is told a colour.
         batch_size: Pictures at a time.
         seed: Of everything.
         data_dir: Folder with Fashion-MNIST's four files; None looks for Debian's package, then the Hub.
@@ -56,6 +58,7 @@ class StepConfig:
     pictures: int = 80
     guidance_scale: float = 3.0
     oms_guidance_scale: float = 1.0
+    colour_scales: str = "1,2,4"
     batch_size: int = 60
     seed: int = 0
     data_dir: str | None = None
@@ -213,6 +216,43 @@ class Compared:
         return ", ".join(f"{colours[colour]} {atelier.STYLES[style]}" for style, colour in self.ends[end])
 
 
+def colours_of(compared: Compared, spacing: str, steps: int, scale: float | None) -> tuple[Proportion, torch.Tensor]:
+    """The share of pictures in the colour that the step alone was told, each in turn; without a step if no scale."""
+    config, base, names = compared.config, compared.pipe.base, list(atelier.COLOURS)
+    base.scheduler = DDIMScheduler.from_config(base.scheduler.config, timestep_spacing=spacing)
+    told = [number // GARMENTS % len(names) for number in range(config.pictures * len(names))]
+    parts = []
+    for start in Track(range(0, len(told), config.batch_size), "colours"):
+        numbers = range(start, min(start + config.batch_size, len(told)))
+        parts.append(
+            compared.pipe(
+                [f"a {atelier.GARMENTS[number % GARMENTS]}" for number in numbers], one_more_step=scale is not None,
+                oms_prompt=[f"something {names[told[number]]}" for number in numbers],
+                oms_guidance_scale=scale or 1.0, num_inference_steps=steps, guidance_scale=config.guidance_scale,
+                generator=[generator_for(config.seed, STREAM, number) for number in numbers], output_type="pt",
+            ).images.cpu()
+        )  # fmt: skip
+    pictures = torch.cat(parts)
+    right = int((compared.judge.predict(pictures)["colour"] == torch.tensor(told)).sum())
+    return wilson(right, len(told)), pictures[:: GARMENTS // 2][:SHOWN]
+
+
+def print_colours(compared: Compared, folder: Path) -> dict[str, Any]:
+    """The second table."""
+    print("\n| in the colour that the step was told | share |\n|---|---|")
+    shares, shown = {}, []
+    for schedule in compared.config.schedules.split(","):
+        spacing, _, steps = schedule.partition(":")
+        for scale in (None, *map(float, compared.config.colour_scales.split(","))):
+            share, pictures = colours_of(compared, spacing, int(steps), scale)
+            name = f"{spacing}, {steps} steps, " + ("no step" if scale is None else f"guidance {scale:g}")
+            shares[name] = share.as_dict()
+            print(f"| {name} | {100 * share.value:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}] |")
+            shown.append(pictures)
+    label_rows(picture_grid(torch.stack(shown), scale=2), list(shares)).save(folder / "one-more-step-colours.png")
+    return shares
+
+
 def ends_of(values: torch.Tensor) -> list[float]:
     """From the 1st to the 99th percentile."""
     return [float(values.quantile(share)) for share in (0.01, 0.99)]
@@ -245,7 +285,8 @@ def main(config: StepConfig) -> None:
         cells += [f"{100 * row[of]['garment'].value:.1f} %" for of in ("these", "all")]
         print(f"| {name} | {' | '.join(cells)} |")
     label_rows(picture_grid(torch.stack(shown), scale=2), list(rows)).save(folder / "one-more-step.png")
-    facts = {"config": asdict(config), "real": [low, high], "rows": rows}
+    colours = print_colours(compared, folder)
+    facts = {"config": asdict(config), "real": [low, high], "rows": rows, "colours": colours}
     storage.write_text(folder / "one-more-step.json", json.dumps(facts, indent=1, default=asdict))
 
 
