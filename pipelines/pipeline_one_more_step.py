@@ -38,6 +38,7 @@ __all__ = ["OneMoreStepPipeline", "encoders_of", "initial_sample", "load_timeles
 logger = logging.getLogger(__name__)
 
 PUBLISHED = "oms_module"  # what the authors' repositories call the network
+HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only")
 
 
 class OneMoreStepPipeline(DiffusionPipeline):
@@ -77,16 +78,27 @@ class OneMoreStepPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> OneMoreStepPipeline:
         """Load a step from a folder or the Hub: one of ours, or in the layout that the authors have published.
 
+        Of one that ships this file the installed one is used, and no code of it is run.
+
         Args:
             pretrained_model_name_or_path: The folder or id.
             **kwargs: `base`, and what ``DiffusionPipeline.from_pretrained`` takes.
         """
         folder = _published(pretrained_model_name_or_path, kwargs)
         if folder is None:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            return super().from_pretrained(_without_code(pretrained_model_name_or_path, kwargs), **kwargs)
         dtype = kwargs.get("torch_dtype", kwargs.get("dtype", torch.float32))
         unet = load_timeless_unet(folder / PUBLISHED, variant=kwargs.get("variant"), dtype=dtype)
         return cls(unet, **_encoders(folder, dtype, kwargs.get("variant")), base=kwargs.get("base"))
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in `ConfigMixin`; a folder that ships the code of this class is read with the class itself."""
+        found = super().load_config(*args, **kwargs)
+        index = found[0] if isinstance(found, tuple) else found
+        if _named(index) == cls.__name__:
+            index["_class_name"] = cls.__name__
+        return found
 
     def to(self, *args: Any, **kwargs: Any) -> OneMoreStepPipeline:
         """Move the step and the pipeline that draws, or change their dtype; see `DiffusionPipeline.to`."""
@@ -307,8 +319,24 @@ def _published(name: Any, kwargs: dict[str, Any]) -> Path | None:
     if not str(name).startswith("h1t/"):
         return None
     wanted = [f"{PUBLISHED}/*", "oms_*/config.json"]
-    options = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
+    options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
     return Path(snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=["*.bin", "*.ckpt"], **options))
+
+
+def _named(index: dict[str, Any]) -> Any:
+    """The class that a ``model_index.json`` is of; where its file lies in the folder, a pair says both."""
+    named = index.get("_class_name")
+    return named[-1] if isinstance(named, list) and named else named
+
+
+def _without_code(name: Any, kwargs: dict[str, Any]) -> Any:
+    """A step on the Hub as a folder, if it ships its code, which diffusers would look for there and run."""
+    if Path(name).is_dir():
+        return name
+    options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+    if not isinstance(DiffusionPipeline.load_config(str(name), **options).get("_class_name"), list):
+        return name
+    return snapshot_download(str(name), ignore_patterns=["*.py", "*.bin", "*.ckpt"], **options)
 
 
 def _encoders(folder: Path, dtype: torch.dtype, variant: str | None) -> dict[str, Any]:

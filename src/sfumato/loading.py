@@ -44,6 +44,9 @@ _CONVERT = (
     "Only safetensors are loaded, since a pickle can run code; if you trust its maker, load the model by "
     "from_pretrained(..., use_safetensors=False), save it by save_pretrained(FOLDER), and name that folder."
 )
+_HISTORY = "history.json"  # what a training writes beside a network: a list, which no loader reads
+_OURS = ("OneMoreStepPipeline", "RDDMPipeline", "ResShiftPipeline")
+"""Pipelines of ours that are trained by scripts of ours, and released with their code."""
 _WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -249,30 +252,36 @@ def _load_folder(folder: Path, kwargs: Mapping[str, Any]) -> Any:
     if not (folder / "model_index.json").exists() and (folder / "config.json").is_file():
         return _load_network(folder, kwargs)
     _check_files(folder, given=kwargs)
-    pipeline_class = _pipeline_class(folder)
-    try:
-        pipe = pipeline_class.from_pretrained(folder, **kwargs)
-    except (OSError, ImportError):
-        raise
-    except Exception as error:  # parts that do not fit together make transformers and tokenizers raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"The model in {folder} can't be loaded ({reason}); mend it or fetch it again.") from error
+    pipe = _built(_pipeline_class(folder), folder, kwargs)
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module) and name not in kwargs:
             _check_weights(folder / name, part, kwargs.get("variant"))
     return pipe
 
 
+def _built(kind: Any, folder: Path, kwargs: Mapping[str, Any]) -> Any:
+    """Call ``from_pretrained`` of a class; what it raises names the folder."""
+    try:
+        return kind.from_pretrained(folder, **kwargs)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # parts that do not fit together make transformers and tokenizers raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"The model in {folder} can't be loaded ({reason}); mend it or fetch it again.") from error
+
+
 def _load_network(folder: Path, kwargs: Mapping[str, Any]) -> Any:
     """A network of ours that is no part of a pipeline."""
-    check_part(folder)
     named = storage.read_json(folder / "config.json").get("_class_name")
     if named != "MinorityClassifier":
         raise FileNotFoundError(f"{folder} is not a diffusers pipeline: it has no model_index.json.")
     if set(kwargs) > {"dtype", "use_safetensors"}:
         unknown = sorted(set(kwargs) - {"dtype", "use_safetensors"})
         raise ValueError(f"A classifier is loaded with `dtype` alone, not with `{unknown[0]}`.")
-    network = sfumato.MinorityClassifier.from_pretrained(folder, torch_dtype=kwargs["dtype"], use_safetensors=True)
+    check_part(folder)
+    network = _built(
+        sfumato.MinorityClassifier, folder, {"torch_dtype": kwargs["dtype"], "use_safetensors": True}
+    )  # fmt: skip
     _check_weights(folder, network, None)
     return network.eval()
 
@@ -280,8 +289,8 @@ def _load_network(folder: Path, kwargs: Mapping[str, Any]) -> Any:
 def _pipeline_class(folder: Path) -> Any:
     """One of our pipelines if the folder is of one: diffusers finds its own alone."""
     named = storage.read_json(folder / "model_index.json")["_class_name"]
-    if isinstance(named, list):  # ships its code: the restoration pipelines are read without running that
-        named = named[-1] if named and named[-1] in ("RDDMPipeline", "ResShiftPipeline") else None
+    if isinstance(named, list):  # ships its code: these are read without running that
+        named = named[-1] if named and named[-1] in _OURS else None
     ours = isinstance(named, str) and named.endswith("Pipeline") and named in sfumato.__all__
     return getattr(sfumato, str(named)) if ours else DiffusionPipeline
 
@@ -314,7 +323,7 @@ def check_part(folder: Path, *, weights: bool = True) -> None:
     """
     if weights:
         check_safe(folder)
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(set(folder.glob("*.json")) - {folder / _HISTORY}):
         content, needed = storage.read_json(file), _NEEDED_KEYS.get(file.name)
         if needed not in (None, *content):
             raise ValueError(f"{file} is damaged: it has no {needed!r}; fetch the model again.")
