@@ -146,20 +146,27 @@ def _add_restoring(commands: Any) -> None:
 
 
 def _add_release(commands: Any) -> None:
-    summary = "make of an unlearning result, or a restoration model, a folder for the Hugging Face Hub"
+    summary = "make of an unlearning result, or of a network that was trained, a folder for the Hugging Face Hub"
     command = commands.add_parser("release", help=summary, description=summary)
-    command.add_argument("result", help="the output folder of `sfumato unlearn`, or of a restoration job")
+    command.add_argument(
+        "result",
+        help="the output folder of `sfumato unlearn`, or of training/resshift.py, rddm.py, one_more_step.py or "
+        "minority_classifier.py",
+    )
     command.add_argument("--output", required=True, help="a new or empty folder for the release")
     command.add_argument(
-        "--formats", nargs="+", default=None, help="full, part, delta, lora: which of those saved; all"
+        "--license", default=None, help="of the result, as mit; an unlearned model has that of its base's card"
     )
-    command.add_argument("--evaluation", default=None, help="the result's evaluation.json")
-    command.add_argument("--attacks", nargs="+", default=(), help="the attack.json of each attack on the result")
-    command.add_argument("--base", default=None, help="the original: embedded, a folder or Hub id; the manifest's")
-    command.add_argument("--license", default=None, help="of the result; by default that of the base's card")
-    command.add_argument("--scheduler", default=None, help="a sfumato scheduler to ship with the pipeline, as bdia")
     command.add_argument("--push", default=None, metavar="REPO_ID", help="upload to this Hub repository, privately")
     command.add_argument("--public", action="store_true", help="with --push: for all to see")
+    unlearned = command.add_argument_group("of unlearning results alone")
+    unlearned.add_argument(
+        "--formats", nargs="+", default=None, help="full, part, delta, lora: which of those saved; all"
+    )
+    unlearned.add_argument("--evaluation", default=None, help="the result's evaluation.json")
+    unlearned.add_argument("--attacks", nargs="+", default=(), help="the attack.json of each attack on the result")
+    unlearned.add_argument("--base", default=None, help="the original: embedded, a folder or Hub id; the manifest's")
+    unlearned.add_argument("--scheduler", default=None, help="a sfumato scheduler to ship with the pipeline, as bdia")
     command.set_defaults(run=_release)
 
 

@@ -2,78 +2,19 @@
 
 import http.server
 import json
-import shutil
 import threading
 import traceback
-from types import SimpleNamespace
 
 import pytest
-from huggingface_hub.errors import OfflineModeIsEnabled, RemoteEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 import sfumato
 
 SECRET = "hf_ThisIsMyToken"
 
 
-def missing(kind):
-    """An error as the library raises it for an answer 404."""
-    return kind("not there", response=SimpleNamespace(headers={}, request=None, status_code=404))
-
-
 class NoConnectionError(Exception):
     """As an HTTP library raises it: no OSError."""
-
-
-class Hub:
-    """Repositories as folders, in place of the Hub."""
-
-    def __init__(self, root):
-        self.root, self.private, self.calls, self.fails = root, {}, [], None
-
-    def _call(self, name):
-        self.calls.append(name)
-        if self.fails and self.fails[0] == name:
-            raise self.fails[1]
-
-    def whoami(self):
-        self._call("whoami")
-        return {"name": "me", "orgs": [{"name": "lab"}]}
-
-    def repo_info(self, repo_id):
-        self._call("repo_info")
-        if repo_id not in self.private:
-            raise missing(RepositoryNotFoundError)
-        return SimpleNamespace(private=self.private[repo_id])
-
-    def list_repo_files(self, repo_id):
-        self._call("list_repo_files")
-        return list(files(self.root / repo_id))
-
-    def hf_hub_download(self, repo_id, filename):
-        self._call("hf_hub_download")
-        if not (self.root / repo_id / filename).is_file():
-            raise missing(RemoteEntryNotFoundError)
-        return str(self.root / repo_id / filename)
-
-    def create_repo(self, repo_id, *, private, exist_ok):
-        self._call("create_repo")
-        assert not exist_ok and repo_id not in self.private
-        self.private[repo_id] = private
-        (self.root / repo_id).mkdir(parents=True)
-        (self.root / repo_id / ".gitattributes").write_text("*.safetensors filter=lfs")
-
-    def upload_file(self, *, repo_id, path_or_fileobj, path_in_repo, commit_message):
-        self._call("upload_file")
-        shutil.copyfile(path_or_fileobj, self.root / repo_id / path_in_repo)
-
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
-        self._call("upload_folder")
-        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
-
-
-@pytest.fixture
-def hub(tmp_path):
-    return Hub(tmp_path / "hub")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from sfumato import loading
 
-__all__ = ["BASE_FOLDER", "HUB_ID", "Base", "check_licence", "find_base", "licence_of"]
+__all__ = ["BASE_FOLDER", "HUB_ID", "Base", "find_base", "licence_of", "own_licence"]
 
 BASE_FOLDER = "base"
 """Where a release holds the original, if that ships with this package alone."""
@@ -106,11 +106,21 @@ def licence_of(base: Base, given: str | None) -> dict[str, str]:
         )
     if given is None:
         return dict(base.licence)
-    check_licence(given)
-    return {"license": given}
+    return {"license": _checked(given)}
 
 
-def check_licence(given: str) -> None:
-    """Raise a ValueError unless a text can be the identifier of a licence."""
+def own_licence(given: str | None) -> str:
+    """Say what the licence of a network is that the user has trained: what the user says.
+
+    Raises:
+        ValueError: If that is nothing, or no identifier of a licence.
+    """
+    if given is None:
+        raise ValueError("A model of your own has no base whose licence it inherits: state one with `license`.")
+    return _checked(given)
+
+
+def _checked(given: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", given):
         raise ValueError(f"`license` must be an identifier such as apache-2.0 or other, got {given!r}.")
+    return given

@@ -26,7 +26,6 @@ __all__ = [
     "copy_base",
     "copy_format",
     "copy_pipeline",
-    "is_same_release",
     "read_finished",
 ]
 
@@ -119,26 +118,6 @@ def check_files(folder: Path) -> None:
     """
     for path in sorted(folder.rglob("*")):
         _check_file(folder, path)
-
-
-def is_same_release(output: Path, request: str | None) -> bool:
-    """Say whether a folder holds a release that was made by the same request already.
-
-    Args:
-        output: The folder.
-        request: What tells the release from any other; None takes none for the same.
-
-    Raises:
-        FileExistsError: If it holds anything else.
-    """
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise FileExistsError(f"{output} is a file or a link. Choose a new or empty output folder.")
-    if not output.exists() or not any(output.iterdir()):
-        return False
-    stated = output / "manifest.json"
-    if request is not None and stated.is_file() and storage.read_json(stated).get("release") == request:
-        return True
-    raise FileExistsError(f"{output} already holds something. Choose a new or empty output folder.")
 
 
 def _check_file(folder: Path, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -10,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard
 
 from sfumato import storage
-from sfumato.releasing import hub
 from sfumato.releasing.base import BASE_FOLDER, Base, find_base, licence_of
 from sfumato.releasing.card import Contents, make_card, require_jinja
 from sfumato.releasing.commands import recipe_of
@@ -23,10 +20,11 @@ from sfumato.releasing.contents import (
     choose_formats,
     copy_base,
     copy_format,
-    is_same_release,
     read_finished,
 )
 from sfumato.releasing.custom_code import CustomCode, add_custom_code, find_custom_code
+from sfumato.releasing.guidance import is_guidance, release_guidance
+from sfumato.releasing.publishing import publish
 from sfumato.releasing.restorer import is_restorer, release_restorer
 from sfumato.releasing.results import Finding, published, read_attack, read_evaluation
 
@@ -51,10 +49,11 @@ def release(
 ) -> Path:
     """Make of an unlearning result a folder that any user of diffusers can load, with a model card.
 
-    That of a restoration job is released too; of the options it takes `license`, which it needs, `push` and `public`.
+    What ``training/resshift.py``, ``rddm.py``, ``one_more_step.py`` and ``minority_classifier.py`` have trained is
+    released too; of the options it takes `license`, which it needs, `push` and `public`.
 
     Args:
-        result: The output folder of an unlearning run, or of a restoration job.
+        result: The output folder of an unlearning run, or of one of these trainings.
         output: The release, a new or empty folder; with `push` also one that this call has made before, the upload of
             which is then continued.
         formats: Which of what the run saved, as in `sfumato.unlearning.result`; None takes all.
@@ -79,12 +78,13 @@ def release(
         ConnectionError: If the Hub can't be reached.
         PermissionError: If the user is not logged in.
     """
-    if is_restorer(result):
+    training = release_restorer if is_restorer(result) else release_guidance if is_guidance(result) else None
+    if training is not None:
         named = {"formats": formats, "evaluation": evaluation, "base": base, "scheduler": scheduler}
         given = [*(name for name, value in named.items() if value is not None), *(["attacks"] if attacks else [])]
         if given:
-            raise ValueError(f"`{given[0]}` is for unlearning results, and {result} is a restoration model.")
-        return release_restorer(result, output, license=license, push=push, public=public, api=api)
+            raise ValueError(f"`{given[0]}` is for unlearning results, and {result} is of another training.")
+        return training(result, output, license=license, push=push, public=public, api=api)
     require_jinja()
     finished, output = read_finished(result), Path(output)
     chosen = choose_formats(finished, formats)
@@ -96,17 +96,15 @@ def release(
     audited = _audited(finished, chosen, code)
     audit, attacked = _findings(finished, evaluation, attacks, audited, origin, name)
     contents = Contents(finished, chosen, origin, licence, code, base_code, audit, attacked, audited, name)
-    request, run = _request(contents, result), _run(result)
-    done = is_same_release(output, request if push is not None else None)
-    told = {"result_fingerprint": finished.manifest["result_fingerprint"], "run": run}
-    standing = None if push is None else hub.check_push(push, told, public=public, api=api)
-    if not done:
+
+    def fill(folder: Path, told: Mapping[str, str]) -> None:
         check_weights(finished, chosen)
-        with storage.atomic_directory(output) as folder:
-            _fill(folder, contents, {"run": run, "release": request})
-    if push is not None and standing is not None:
-        hub.push(output, push, standing=standing, public=public, api=api)
-    return output
+        _fill(folder, contents, told)
+
+    return publish(
+        result, output, fill, fingerprint=finished.manifest["result_fingerprint"], asked=_asked(contents), push=push,
+        public=public, api=api,
+    )  # fmt: skip
 
 
 def _audited(finished: Finished, formats: Sequence[str], code: CustomCode) -> str:
@@ -143,17 +141,10 @@ def _findings(
     return audit, attacked
 
 
-def _run(result: str | Path) -> str:
-    """What tells a run from another with the same result: its manifest says also how long it took, and on what."""
-    return hashlib.sha256((Path(result) / "manifest.json").read_bytes()).hexdigest()[:16]
-
-
-def _request(contents: Contents, result: str | Path) -> str:
+def _asked(contents: Contents) -> list[Any]:
     """What tells this release from any other of the same run."""
-    manifest = (Path(result) / "manifest.json").read_bytes()
     found = [finding.content for finding in contents.findings]
-    asked = [contents.formats, contents.base.name, dict(contents.licence), contents.code.names, found, contents.name]
-    return hashlib.sha256(manifest + json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    return [contents.formats, contents.base.name, dict(contents.licence), contents.code.names, found, contents.name]
 
 
 def _fill(folder: Path, contents: Contents, told: Mapping[str, str]) -> None:
@@ -170,9 +161,7 @@ def _fill(folder: Path, contents: Contents, told: Mapping[str, str]) -> None:
     storage.write_text(folder / "manifest.json", json.dumps({**_manifest(contents), **told}, indent=1))
     for finding in contents.findings:
         storage.write_text(folder / finding.file, json.dumps(finding.content, indent=1))
-    card = make_card(contents)
-    card.save(folder / "README.md")
-    ModelCard.load(folder / "README.md")  # says what is wrong with it while nothing is in place
+    make_card(contents).save(folder / "README.md")
 
 
 def _manifest(contents: Contents) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,14 +9,13 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from huggingface_hub import ModelCard
 
 from sfumato import storage
-from sfumato.releasing import hub
-from sfumato.releasing.base import check_licence
-from sfumato.releasing.contents import check_files, copy_pipeline, is_same_release
+from sfumato.releasing.base import own_licence
+from sfumato.releasing.contents import copy_pipeline
 from sfumato.releasing.custom_code import ship_code
-from sfumato.releasing.places import recipe_of_settings, without_places
+from sfumato.releasing.places import recipe_of_settings
+from sfumato.releasing.publishing import publish, read_manifest, write_settings
 from sfumato.restoration.card import SAMPLES_FILE, Published, make_card
 from sfumato.restoration.validation import CURVES_FILE, ROWS_FILE, picture_of
 
@@ -57,42 +54,29 @@ def release_restorer(
     """
     folder, output = Path(result), Path(output)
     manifest, index, seen = _read(folder)
-    if license is None:
-        raise ValueError("A model of your own has no base whose licence it inherits: state one with `license`.")
-    check_licence(license)
-    recipe, brought = recipe_of_settings(manifest["settings"])
+    licence, (_, brought) = own_licence(license), recipe_of_settings(manifest["settings"])
     name = push or output.resolve().name
-    published = Published(name, license, code, (folder / CURVES_FILE).is_file(), brought)
-    run = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:16]
-    told = {"result_fingerprint": manifest["fingerprint"], "run": run}
-    request = hashlib.sha256(json.dumps([run, list(published)]).encode()).hexdigest()
-    done = is_same_release(output, request if push is not None else None)
-    standing = None if push is None else hub.check_push(push, told, public=public, api=api)
-    if not done:
-        with storage.atomic_directory(output) as release:
-            copy_pipeline(folder, index, release)
-            if code:
-                ship_code(release)
-            storage.write_text(release / "recipe.yaml", recipe)
-            stated = {**manifest, "settings": without_places(manifest["settings"]), **told, "release": request}
-            storage.write_text(release / "manifest.json", json.dumps(stated, indent=1))
-            if published.curves:
-                shutil.copyfile(folder / CURVES_FILE, release / CURVES_FILE)
-            shutil.copyfile(storage.inside(folder, picture_of(seen["rows"][-1])), release / SAMPLES_FILE)
-            storage.write_text(release / "README.md", make_card(manifest, seen, published))
-            ModelCard.load(release / "README.md")  # says what is wrong with it while nothing is in place
-    if push is not None and standing is not None:
-        hub.push(output, push, standing=standing, public=public, api=api)
-    return output
+    published = Published(name, licence, code, (folder / CURVES_FILE).is_file(), brought)
+
+    def fill(release: Path, told: Mapping[str, str]) -> None:
+        copy_pipeline(folder, index, release)
+        if code:
+            ship_code(release)
+        write_settings(release, manifest, told)
+        if published.curves:
+            shutil.copyfile(folder / CURVES_FILE, release / CURVES_FILE)
+        shutil.copyfile(storage.inside(folder, picture_of(seen["rows"][-1])), release / SAMPLES_FILE)
+        storage.write_text(release / "README.md", make_card(manifest, seen, published))
+
+    return publish(
+        folder, output, fill, fingerprint=manifest["fingerprint"], asked=list(published), push=push, public=public,
+        api=api,
+    )  # fmt: skip
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Manifest, index and validation of a finished run, whose weights are its own."""
-    check_files(folder)
-    manifest = storage.read_json(folder / "manifest.json")
-    wrong = [name for name, kind in _NEEDED.items() if not isinstance(manifest.get(name), kind)]
-    if wrong:
-        raise ValueError(f"{folder}/manifest.json is not one of a restoration job: {wrong[0]!r} is missing or wrong.")
+    manifest = read_manifest(folder, "a restoration job", _NEEDED)
     index, seen = storage.read_json(folder / "model_index.json"), storage.read_json(folder / ROWS_FILE)
     if not seen.get("rows") or "of" not in seen:
         raise ValueError(f"{folder / ROWS_FILE} has no row: the card has nothing to show. Train the model again.")
