@@ -1,11 +1,14 @@
 """A step of One More Step and minority classifiers as releases: they load anywhere, and their cards' code runs."""
 
+import hashlib
+import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -161,38 +164,94 @@ from pathlib import Path
 from safetensors.torch import save_file
 torch.set_num_threads(1)
 found = {}
-for kind in ("step", "classifier"):
-    torch.manual_seed(0)
-    code = re.findall("```python\\n(.*?)\\n```", Path(kind, "README.md").read_text(), re.DOTALL)[1]
-    assert "sfumato" not in code and "trust_remote_code=True" in code
-    names = {}
-    exec(code, names)
-    if kind == "step":
-        assert type(names["pipe"]).__module__.startswith("diffusers_modules.")
-        found |= {"velocity": names["pipe"].predict(torch.ones(1, 4, 8, 8), ["a photo of a bag"])}
-    else:
-        assert type(names["classifier"]).__module__.startswith("diffusers_modules.")
-        found |= {"noisy": names["noisy"], "logits": names["logits"].detach()}
+for place in ("", "hub/me/"):
+    for kind in ("step", "classifier"):
+        torch.manual_seed(0)
+        card = Path(place + kind, "README.md").read_text()
+        code = re.findall("```python\\n(.*?)\\n```", card, re.DOTALL)[1]
+        assert "sfumato" not in code and "trust_remote_code=True" in code
+        names = {}
+        exec(code, names)
+        assert names["release"] == (f"me/{kind}" if place else kind)
+        network = names["pipe" if kind == "step" else "classifier"]
+        assert type(network).__module__.startswith("diffusers_modules.")
+        if kind == "step":
+            found[place + "velocity"] = network.predict(torch.ones(1, 4, 8, 8), ["a photo of a bag"])
+        else:
+            found |= {place + "noisy": names["noisy"], place + "logits": names["logits"].detach()}
 save_file(found, "found.safetensors")
 """
+SHA = "0" * 40
 
 
-def test_the_code_for_diffusers_alone_runs_where_this_package_is_not_installed(released, tmp_path):
+class Answers(http.server.BaseHTTPRequestHandler):
+    """The Hub's answers to those who download from the repositories in a folder."""
+
+    def do_GET(self):
+        path = self.path.partition("?")[0].strip("/")
+        parts = path.removeprefix("api/models/").split("/")
+        root = self.server.root.joinpath(*parts[:2])
+        told = {"ETag": f'"{hashlib.sha256(path.encode()).hexdigest()}"', "X-Repo-Commit": SHA}
+        names = sorted(files(root))
+        if not path.startswith("api/"):  # OWNER/NAME/resolve/REVISION/FILE
+            name = "/".join(parts[4:])
+            body = files(root).get(name)
+        elif "tree" in parts:
+            listed = [{"type": "file", "path": name, "size": 1, "oid": SHA} for name in names]
+            body = json.dumps(listed).encode()
+        else:
+            told_of = {"id": "/".join(parts[:2]), "sha": SHA, "siblings": [{"rfilename": name} for name in names]}
+            body = json.dumps(told_of | {"private": False, "tags": [], "downloads": 0}).encode()
+        if body is None:
+            told |= {"X-Error-Code": "EntryNotFound"}
+        self.send_response(404 if body is None else 200)
+        for name, value in {**told, "Content-Length": str(len(body or b""))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET" and body:
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        """Keep quiet."""
+
+
+@pytest.fixture
+def endpoint(hub):
+    """Where the repositories of `hub` can be downloaded from."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        server.root = hub.root
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_the_code_for_diffusers_alone_runs_where_this_package_is_not_installed(
+    trained, released, hub, endpoint, tmp_path
+):
     for kind in KINDS:
         shutil.copytree(released[kind], tmp_path / kind)
+        sfumato.release(trained[kind], tmp_path / "pushed" / kind, license="mit", push=f"me/{kind}", api=hub)
     text = (released["step"] / "README.md").read_text()
     assert "With diffusers alone, MODEL being atelier, a folder that `save_pretrained` has written:" in text
     sfumato.load("atelier").save_pretrained(tmp_path / "MODEL")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **{name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")},
+        "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": endpoint, "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1",
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", ALONE], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = load_file(tmp_path / "found.safetensors")
     step = sfumato.load(released["step"], base=sfumato.load("atelier"))
-    assert torch.allclose(found["velocity"], step.predict(torch.ones(1, 4, 8, 8), ["a photo of a bag"]), atol=1e-5)
-    logits = sfumato.load(released["classifier"])(found["noisy"], 500)
-    assert torch.allclose(found["logits"], logits, atol=1e-5)
+    velocity = step.predict(torch.ones(1, 4, 8, 8), ["a photo of a bag"])
+    for place in ("", "hub/me/"):
+        assert torch.allclose(found[f"{place}velocity"], velocity, atol=1e-5)
+        logits = sfumato.load(released["classifier"])(found[f"{place}noisy"], 500)
+        assert torch.allclose(found[f"{place}logits"], logits, atol=1e-5)
 
 
 def test_a_model_of_the_hub_is_named_in_the_card(trained):
