@@ -98,7 +98,9 @@ def read_finished(folder: str | Path) -> Finished:
     """
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
-        raise FileNotFoundError(f"{folder} is not the result of `sfumato unlearn`: it has no manifest.json.")
+        raise FileNotFoundError(
+            f"{folder} is not the finished result of `sfumato unlearn` or of a training: it has no manifest.json."
+        )
     check_files(folder)
     manifest = storage.read_json(folder / "manifest.json")
     wrong = [name for name, kind in _NEEDED.items() if not isinstance(manifest.get(name), kind)]
