@@ -33,7 +33,6 @@ from sfumato.randomness import generator_for, permuted_indices
 from sfumato.restoration.pictures import Renders
 from sfumato.restoration.scores import summarise
 from sfumato.settings import check_ranges, check_types
-from sfumato.training.atelier_networks import small_garments
 from sfumato.training.atelier_release import blue_photos
 
 GARMENTS = len(atelier.GARMENTS)
@@ -193,7 +192,7 @@ class Sight:
         if self.names is None:
             self.real = Renders(config.data_dir, "test").take(chosen.tolist()) / 2 + 0.5
         else:
-            self.real = (small_garments(images[chosen]) / 2 + 0.5).clamp(0, 1)
+            self.real = (atelier.small_garments(images[chosen]) / 2 + 0.5).clamp(0, 1)
         self.near = self.features(self.real)
 
     def seen(self, pictures: torch.Tensor) -> torch.Tensor:

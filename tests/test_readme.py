@@ -50,7 +50,7 @@ def launch(line, folder, *extra):
 def test_every_block_is_known_to_this_file():
     assert {language for language, _ in BLOCKS} == {"bash", "python"}
     assert set(COMMANDS) == set(RUNS)
-    assert len(PYTHON) == 3
+    assert len(PYTHON) == 4
 
 
 def test_table_of_families_is_what_the_registries_say():
