@@ -11,13 +11,16 @@ import difflib
 import re
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 import sfumato
 from sfumato import delta, storage
+
+if TYPE_CHECKING:
+    from sfumato.pipelines.minority_classifier import MinorityClassifier
 
 __all__ = [
     "EMBEDDED", "PICKLES", "assets_folder", "check_part", "check_safe", "folder_of", "load", "load_result",
@@ -62,6 +65,16 @@ def folder_of(name: str) -> Path:
         name: An embedded model's name, or a path; it need not exist.
     """
     return assets_folder() / name if name in EMBEDDED else Path(name)
+
+
+@overload
+def load(
+    pretrained_model_name_or_path: Literal["atelier-minority", "atelier-pixel-minority"], **kwargs: Any
+) -> MinorityClassifier: ...
+
+
+@overload
+def load(pretrained_model_name_or_path: str | Path = "atelier", **kwargs: Any) -> DiffusionPipeline: ...
 
 
 def load(pretrained_model_name_or_path: str | Path = "atelier", **kwargs: Any) -> Any:
