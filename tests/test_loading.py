@@ -51,8 +51,9 @@ def test_embedded_weights_are_small_and_free_of_pickle():
         if path.suffix == ".safetensors":
             part = path.relative_to(assets_folder()).parts[0]
             sizes[part] = sizes.get(part, 0) + path.stat().st_size
-    restorers = sizes.pop("atelier-sr"), sizes.pop("atelier-inpaint")
-    assert sum(sizes.values()) <= 20_000_000 and max(restorers) <= 6_000_000
+    restorers = [sizes.pop(name) for name in ("atelier-sr", "atelier-inpaint")]
+    guides = [sizes.pop(name) for name in ("atelier-one-more-step", "atelier-minority", "atelier-pixel-minority")]
+    assert sum(sizes.values()) <= 20_000_000 and max(restorers) <= 6_000_000 and max(guides) <= 3_000_000
 
 
 def test_model_that_does_not_exist_is_refused(tmp_path):

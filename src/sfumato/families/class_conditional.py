@@ -51,6 +51,11 @@ class _ClassConditional(Family):
         super().__init__(pipe)
         self.names = class_names(pipe) or []
 
+    @property
+    def class_names(self) -> list[str]:
+        """One name of each class, in the order of their numbers."""
+        return self.names
+
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Give ``class_labels`` ``(B,)`` of classes named; ValueError if one is unknown."""
         numbers = (class_numbers(self.pipe) or {}) | {"": len(self.names)}

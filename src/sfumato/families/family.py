@@ -253,6 +253,16 @@ class Family(ABC):
         """
 
     @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """Every network of the pipeline, by its component's name."""
+        return {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """One name of each class, in the order of their numbers; None if the model is told no class."""
+        return None
+
+    @property
     def parts(self) -> dict[str, torch.nn.Module]:
         """What a method may change, for instance ``"denoiser"``."""
         return {"denoiser": self.denoiser}

@@ -176,7 +176,7 @@ def train_guidance(method: Method, job: JobConfig, network: NetworkConfig, train
     model = jobs.untrained(lambda: method.network(family, network), training.seed)
     with storage.claimed(folder if jobs.is_first() else None, resume=job.resume, own=OWN_FILES):
         accelerator = make_accelerator(training, folder)
-        parts = {name: part for name, part in family.pipe.components.items() if isinstance(part, nn.Module)}
+        parts = family.networks
         for part in parts.values():
             part.to(accelerator.device).requires_grad_(False)
         prints = {name: storage.fingerprint(part.named_parameters()) for name, part in parts.items()}

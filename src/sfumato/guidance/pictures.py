@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from sfumato import atelier
-from sfumato.families import Family, TextFamily, class_names
+from sfumato.families import Family, TextFamily
 from sfumato.randomness import rng_for
 from sfumato.unlearning.examples import ImageFolder
 
@@ -121,10 +121,10 @@ def pictures_for(family: Family, data: str, data_dir: str | None, count: int | N
         if count is not None:
             raise ValueError(f"`pictures` counts renders of {ATELIER}: of the folder {data}, all are taken.")
         found = FolderPictures(data, family)
-        if class_names(family.pipe) is not None:
+        if family.class_names is not None:
             family.encode_prompts(list(dict.fromkeys(found.captions)))  # says what is no class
         return found
-    names, size = class_names(family.pipe) or [], tuple(family.image_size)
+    names, size = family.class_names or [], tuple(family.image_size)
     if isinstance(family, TextFamily) and size == (atelier.IMAGE_SIZE, atelier.IMAGE_SIZE):
         return Renders(data_dir, count, seed)
     if len(names) == len(atelier.GARMENTS) and (family.image_channels, *size) == (1, 16, 16):
