@@ -53,7 +53,7 @@ class MinorityConfig:
         steps: Of the sampler.
         guidance_scale: Classifier-free guidance; None is 3 for text and 1 for classes.
         classifier_scale: Of minority guidance.
-        self_scale: Of self-guidance, at every `self_every` steps.
+        self_scale: Of self-guidance, at every `self_every` steps; None is 1 for latents and 0.1 for pixels.
         self_every: See there.
         boost: Deviation of the initial noise of Boost-and-Skip.
         skip_steps: Steps that it leaves out.
@@ -69,12 +69,12 @@ class MinorityConfig:
     methods: str = "plain,classifier,self,boost,word"
     pictures: int = 480
     real: int = 3000
-    steps: int = 100
+    steps: int = 25
     guidance_scale: float | None = None
-    classifier_scale: float = 3.5
-    self_scale: float = 0.4
+    classifier_scale: float = 10.0
+    self_scale: float | None = None
     self_every: int = 5
-    boost: float = 2.5
+    boost: float = 2.0
     skip_steps: int = 2
     word_stop_ratio: float = 0.5
     classifier: str | None = None
@@ -91,6 +91,8 @@ class MinorityConfig:
             raise ValueError(f"There is no method {sorted(unknown)[0]!r}; there are {', '.join(METHODS)}.")
         if self.guidance_scale is None:
             self.guidance_scale = 3.0 if self.model == "atelier" else 1.0
+        if self.self_scale is None:
+            self.self_scale = 1.0 if self.model == "atelier" else 0.1
 
 
 Call = dict[str, Any]

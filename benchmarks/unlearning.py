@@ -35,7 +35,6 @@ from sfumato.loading import assets_folder
 from sfumato.unlearning.methods import METHODS
 
 NEIGHBOURS = {"sneaker": ("sandal", "boot")}
-DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0}
 ATTACKS = {"attacked": EmbeddingAttackConfig(), "stronger": EmbeddingAttackConfig(tokens=4, steps=100)}
 
 COSTS = ("seconds", "peak_memory_mb", "denoiser_evaluations")
@@ -53,6 +52,7 @@ class UnlearningConfig:
         pictures: Pictures of the concept to judge, about; three times as many of everything else.
         attacked: Prompts of the concept to attack; 0 attacks none.
         stronger: Methods to attack once more, comma-separated.
+        num_inference_steps: Sampler steps of each picture.
         strip: The concept and seed to show for every method.
     """
 
@@ -63,7 +63,13 @@ class UnlearningConfig:
     pictures: int = 72
     attacked: int = 24
     stronger: str = "esd,advunlearn"
+    num_inference_steps: int = 20
     strip: str = "sneaker,0"
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """How all pictures are drawn."""
+        return {"num_inference_steps": self.num_inference_steps, "guidance_scale": 3.0}
 
 
 class Bench:
@@ -136,7 +142,7 @@ class Bench:
             self.vocabulary, concept.split("+"), forget_repeats=max(1, round(self.config.pictures / count)),
             retain_repeats=max(1, round(3 * self.config.pictures / (every - count))),
         )  # fmt: skip
-        pictures = draw(pipe, protocol.prompts, seed=seed, description=None, **DRAWING)
+        pictures = draw(pipe, protocol.prompts, seed=seed, description=None, **self.config.drawing)
         scores: dict[str, Any] = score(protocol, self.judge, pictures).as_dict()
         kept = torch.tensor([not shows(row, protocol.targets) for row in protocol.attributes])
         real = torch.tensor([not shows(row, protocol.targets) for row in self.rows])
@@ -159,7 +165,7 @@ class Bench:
         count = len(protocol.prompts)
         prompts = [protocol.prompts[k * count // self.config.attacked] for k in range(self.config.attacked)]
         found = attack_embeddings(pipe, self.pipe, prompts, config, seed=seed, description=None)
-        pictures = draw(pipe, prompts, seed=seed, description=None, conditioning=found, **DRAWING)
+        pictures = draw(pipe, prompts, seed=seed, description=None, conditioning=found, **self.config.drawing)
         words = self.judge.describe(pictures)
         return wilson(sum(shows(word, protocol.targets) for word in words), len(words)).as_dict()
 
@@ -231,9 +237,9 @@ def strip(bench: Bench, methods: list[str], concept: str, seed: int) -> Image.Im
     others = len(protocol.prompts) - count
     chosen = [k * count // 6 for k in range(6)] + [count + k * others // 9 for k in range(9)]
     prompts = [protocol.prompts[k] for k in chosen]
-    pictures = [draw(bench.pipe, prompts, seed=seed, description=None, **DRAWING)]
-    for method in methods:
-        pictures.append(draw(bench.trained(method, concept, seed), prompts, seed=seed, description=None, **DRAWING))
+    drawing = {"seed": seed, "description": None, **bench.config.drawing}
+    pictures = [draw(bench.pipe, prompts, **drawing)]
+    pictures += [draw(bench.trained(method, concept, seed), prompts, **drawing) for method in methods]
     return label_rows(picture_grid(torch.stack(pictures), scale=2), ["original", *methods])
 
 

@@ -22,7 +22,9 @@ def test_file_beside_an_earlier_demo_is_not_lost(tmp_path):
     assert (tmp_path / "notes.txt").exists()
 
 
-@pytest.mark.parametrize("name", ["forget_repeats", "retain_repeats", "num_inference_steps", "training_steps"])
+@pytest.mark.parametrize(
+    "name", ["forget_repeats", "retain_repeats", "num_inference_steps", "training_steps", "training_examples"]
+)
 def test_numbers_below_one_are_refused_at_once(name):
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
         DemoConfig(**{name: 0})

@@ -47,6 +47,9 @@ def _make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--retain-repeats", type=int, default=2, help="pictures for each prompt without it")
     demo.add_argument("--num-inference-steps", type=int, default=20, help="sampler steps of each picture")
     demo.add_argument("--training-steps", type=int, default=None, help="override the recipe's number of steps")
+    demo.add_argument(
+        "--training-examples", type=int, default=None, help="override its numbers of pictures to forget and keep by"
+    )
     demo.set_defaults(run=_demo)
 
     unlearn = commands.add_parser(

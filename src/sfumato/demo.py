@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class DemoConfig:
         retain_repeats: Pictures for each other prompt.
         num_inference_steps: Sampler steps of each judged picture.
         training_steps: Overrides the recipe's number of steps.
+        training_examples: Overrides its numbers of pictures to forget and to keep by.
     """
 
     output: str = "demo"
@@ -62,11 +63,13 @@ class DemoConfig:
     retain_repeats: int = 2
     num_inference_steps: int = 20
     training_steps: int | None = None
+    training_examples: int | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers before the long work."""
         check_types(self)
-        for name in ("forget_repeats", "retain_repeats", "num_inference_steps", "training_steps"):
+        numbers = "forget_repeats retain_repeats num_inference_steps training_steps training_examples"
+        for name in numbers.split():
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {value}.")
@@ -180,6 +183,9 @@ def _launch(config: DemoConfig, output: Path) -> None:
     ]  # fmt: skip
     if config.training_steps is not None:
         command += ["--steps", str(config.training_steps)]
+    if config.training_examples is not None:
+        count = str(config.training_examples)
+        command += ["--forget_examples", count, "--retain_examples", count]
     status, said = _run_job(command)
     if status:
         raise RuntimeError(said or f"The unlearning job failed with status {status}; what it printed stands above.")
@@ -399,7 +405,7 @@ def _facts(
 def _command(config: DemoConfig) -> str:
     parts = ["sfumato demo", f"--output {config.output}"]
     default = DemoConfig()
-    for name in ("forget", "seed", "forget_repeats", "retain_repeats", "num_inference_steps", "training_steps"):
+    for name in (field.name for field in fields(config) if field.name != "output"):
         if getattr(config, name) != getattr(default, name):
             parts.append(f"--{name.replace('_', '-')} {getattr(config, name)}")
     return " ".join(parts)

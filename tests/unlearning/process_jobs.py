@@ -1,4 +1,4 @@
-"""Several runs one after the other in one group of processes, for test_processes.py: ``process_jobs.py FOLDER``."""
+"""Several runs, one after the other, in one group of processes: ``process_jobs.py FOLDER NAME,...``."""
 
 import atexit
 import copy
@@ -42,8 +42,8 @@ class Killed(Exception):
     """Stands for a run that ends in the middle."""
 
 
-def main(folder: Path) -> None:
-    """Make every run in its own folder, and note how each was spread over the processes."""
+def main(folder: Path, names: list[str]) -> None:
+    """Make runs, each in its own folder, and note how each was spread over the processes."""
     from sfumato.sharding import is_spread
     from sfumato.trainer.update import GradientUpdate
     from sfumato.trainer.zero import ZeroUpdate
@@ -64,7 +64,8 @@ def main(folder: Path) -> None:
 
     GradientUpdate.step = watched(GradientUpdate.step, None)
     ZeroUpdate.step = watched(ZeroUpdate.step, "deepspeed")
-    for name, (method, settings) in RUNS.items():
+    for name in names:
+        method, settings = RUNS[name]
         known = {field for cls in METHODS[method].configs for field in cls.__dataclass_fields__} | {"verify"}
         small = {key: value for key, value in SMALL.items() if key in known}
         pipe = sfumato.load("atelier")
@@ -98,4 +99,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     atexit.register(lambda: dist.is_initialized() and os._exit(3))  # runs after all that is registered later
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2].split(","))

@@ -1,6 +1,7 @@
 """One process, two that share a batch (DDP), the moments too (DeepSpeed), and the weights too (FSDP2) do the same."""
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ from sfumato.loading import assets_folder
 from sfumato.unlearning.saliency import load_mask
 
 JOBS = "tests/unlearning/process_jobs.py"
-RUNS = (
-    "salun", "salun-average", "salun-adapters", "salun-decay", "salun-resumed", "salun-zero-mask", "esd", "esd-sgd",
-    "esd-trained", "advunlearn", "advunlearn-denoiser", "doco", "concept_ablation", "proximal", "gradient_ascent",
+RUNS = ("salun", "salun-resumed", "salun-zero-mask", "esd", "advunlearn", "doco")
+MORE = (
+    "salun-average", "salun-adapters", "salun-decay", "esd-sgd", "esd-trained", "advunlearn-denoiser",
+    "concept_ablation", "proximal", "gradient_ascent",
 )  # fmt: skip
+EVERY = [*RUNS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+KINDS = ("ddp", "fsdp2", "deepspeed")
 
 
 def weights(folder, name):
@@ -28,27 +32,29 @@ def norm(tensors):
 
 
 @pytest.fixture(scope="module")
-def one(launch, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    done = launch(JOBS, folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+def made(launch, tmp_path_factory):
+    """Give the folder of a run; a kind's quick runs are made together, and so are its others."""
+
+    @cache
+    def runs(kind, names):
+        if kind == "deepspeed":
+            pytest.importorskip("deepspeed")
+        folder = tmp_path_factory.mktemp(kind)
+        where = {} if kind == "one" else {"processes": 2, "config": kind}
+        done = launch(JOBS, folder, ",".join(names), **where)
+        assert done.returncode == 0, done.stderr[-3000:]
+        if kind != "one":
+            spread = [name for name in names if (kind, name) != ("deepspeed", "doco")]
+            assert json.loads((folder / "how.json").read_text()) == dict.fromkeys(spread, kind)
+        return folder
+
+    return lambda kind, name: runs(kind, RUNS if name in RUNS else MORE)
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2", "deepspeed"])
-def two(request, launch, tmp_path_factory):
-    if request.param == "deepspeed":
-        pytest.importorskip("deepspeed")
-    folder = tmp_path_factory.mktemp(request.param)
-    done = launch(JOBS, folder, processes=2, config=request.param)
-    assert done.returncode == 0, done.stderr[-3000:]
-    runs = [name for name in RUNS if (request.param, name) != ("deepspeed", "doco")]
-    assert json.loads((folder / "how.json").read_text()) == dict.fromkeys(runs, request.param)
-    return folder
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_weights_do_not_depend_on_the_processes(one, two, name):
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_do_not_depend_on_the_processes(made, kind, name):
+    one, two = made("one", name), made(kind, name)
     if name == "doco" and not (two / name).exists():
         pytest.skip("refused with DeepSpeed")
     assert json.loads((two / name / "manifest.json").read_text())["processes"] == 2
@@ -63,7 +69,9 @@ def test_weights_do_not_depend_on_the_processes(one, two, name):
         assert apart < 0.01 * moved
 
 
-def test_masks_do_not_depend_on_the_processes(one, two):
-    expected, found = (load_mask(folder / "salun" / "saliency_mask.safetensors")[0] for folder in (one, two))
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_do_not_depend_on_the_processes(made, kind):
+    masks = (made(which, "salun") / "salun" / "saliency_mask.safetensors" for which in ("one", kind))
+    expected, found = (load_mask(file)[0] for file in masks)
     same = sum(int((expected[name] == found[name]).sum()) for name in expected)
     assert same >= 0.999 * sum(mask.numel() for mask in expected.values())
