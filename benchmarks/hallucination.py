@@ -74,8 +74,8 @@ class HallucinationConfig:
 
     output: str = field()
     experiments: str = "line,grid,shapes"
-    steps: int = 40000
-    batch_size: int = 1024
+    steps: int = 30000
+    batch_size: int = 512
     samples: int = 10000
     shape_steps: int = 3000
     shape_batch_size: int = 64

@@ -36,6 +36,16 @@ from sfumato.settings import check_ranges, check_types
 from sfumato.training.atelier_release import blue_photos
 
 GARMENTS = len(atelier.GARMENTS)
+SETTINGS: dict[str, dict[str, Any]] = {  # about as much of each as leaves most garments recognisable
+    "atelier": {"guidance_scale": 3.0, "classifier_scale": 10.0, "self_scale": 1.0, "boost": 2.0, "skip_steps": 2},
+    "atelier-pixel": {
+        "guidance_scale": 1.0,
+        "classifier_scale": 3.0,
+        "self_scale": 0.2,
+        "boost": 3.0,
+        "skip_steps": 4,
+    },
+}
 STREAM = 77  # of the seeds
 SHOWN = 12
 
@@ -51,9 +61,9 @@ class MinorityConfig:
         pictures: To draw with each, as many of each garment.
         real: Test pictures to measure distances to.
         steps: Of the sampler.
-        guidance_scale: Classifier-free guidance; None is 3 for text and 1 for classes.
+        guidance_scale: Classifier-free guidance; None, here and below, is the model's in `SETTINGS`.
         classifier_scale: Of minority guidance.
-        self_scale: Of self-guidance, at every `self_every` steps; None is 1 for latents and 0.1 for pixels.
+        self_scale: Of self-guidance, at every `self_every` steps.
         self_every: See there.
         boost: Deviation of the initial noise of Boost-and-Skip.
         skip_steps: Steps that it leaves out.
@@ -71,11 +81,11 @@ class MinorityConfig:
     real: int = 3000
     steps: int = 25
     guidance_scale: float | None = None
-    classifier_scale: float = 10.0
+    classifier_scale: float | None = None
     self_scale: float | None = None
     self_every: int = 5
-    boost: float = 2.0
-    skip_steps: int = 2
+    boost: float | None = None
+    skip_steps: int | None = None
     word_stop_ratio: float = 0.5
     classifier: str | None = None
     batch_size: int = 48
@@ -89,10 +99,9 @@ class MinorityConfig:
         unknown = set(self.methods.split(",")) - set(METHODS)
         if unknown:
             raise ValueError(f"There is no method {sorted(unknown)[0]!r}; there are {', '.join(METHODS)}.")
-        if self.guidance_scale is None:
-            self.guidance_scale = 3.0 if self.model == "atelier" else 1.0
-        if self.self_scale is None:
-            self.self_scale = 1.0 if self.model == "atelier" else 0.1
+        for name, value in SETTINGS[self.model].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
 
 Call = dict[str, Any]
