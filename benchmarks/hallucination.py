@@ -20,6 +20,7 @@ from torch import nn
 
 from sfumato import MinorityGuidanceScheduler, TrajectoryVariance, storage
 from sfumato.arguments import make_parser
+from sfumato.evaluation.metrics import wilson
 from sfumato.progress import Track
 from sfumato.settings import check_ranges, check_types
 
@@ -244,6 +245,14 @@ class _Loop:
     scheduler: MinorityGuidanceScheduler
 
 
+def share(right: torch.Tensor) -> str:
+    """Of those ``(N,)``, in percent, with a 95 % interval; a dash if there are none."""
+    if not len(right):
+        return "–"
+    found = wilson(int(right.sum()), len(right))
+    return f"{100 * found.value:.1f} % [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+
+
 def main(config: HallucinationConfig) -> None:
     """Train, draw, score, print the table, and draw the picture."""
     folder = Path(config.output)
@@ -262,12 +271,10 @@ def main(config: HallucinationConfig) -> None:
             storage.save_tensors(file, network.state_dict(), facts)
         pictures, scores = drawn(experiment, network, samples, config.seed + 1)
         made_up, watch = experiment.apart(pictures) > experiment.limit, TrajectoryVariance(0, experiment.t_max)
-        threshold = watch.calibrate(scores[~made_up], config.kept)
-        removed, kept = (scores[made_up] > threshold).float().mean(), (scores[~made_up] <= threshold).float().mean()
-        lines.append(
-            f"| {name} | {len(pictures):,} | {100 * made_up.float().mean():.2f} % | {100 * removed:.1f} % |"
-            f" {100 * kept:.1f} % | {time.perf_counter() - began:.0f} |"
-        )
+        threshold = watch.calibrate(scores[~made_up], config.kept) if not made_up.all() else float("inf")
+        cells = [f"{100 * made_up.float().mean():.2f} %", share(scores[made_up] > threshold)]
+        cells += [share(scores[~made_up] <= threshold), f"{time.perf_counter() - began:.0f}"]
+        lines.append(f"| {name} | {len(pictures):,} | {' | '.join(cells)} |")
         found[name] = pictures, made_up, scores > threshold
     storage.write_text(folder / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines))

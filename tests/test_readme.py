@@ -1,5 +1,7 @@
 """Every command and code block of the README is run here, as a reader would; none may be left out."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -15,8 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from sfumato import cli
 from sfumato import families as families_of
 from sfumato.unlearning.methods import METHODS
 
@@ -32,11 +36,33 @@ ONE_PROCESS = [
 ]  # fmt: skip
 
 
-def run(command, folder, **kwargs):
+def run(command, folder):
+    """Run a command in a folder, in a process of its own; gives what it printed."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1100, **kwargs)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1100)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def run_here(command, folder):
+    """The same for a benchmark or ``sfumato`` in this process, which has imported torch already."""
+    words, printed, threads = list(command), io.StringIO(), torch.get_num_threads()
+    with (
+        pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder), contextlib.redirect_stdout(printed),
+        torch.random.fork_rng(),
+    ):  # fmt: skip
+        patch.setattr(sys, "argv", words[1:] if words[0] == sys.executable else words)
+        try:
+            if words[0] == "sfumato":
+                cli.main(words[1:])
+            else:
+                assert words[0] == sys.executable
+                runpy.run_path(words[1], run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, end.code
+        finally:
+            torch.set_num_threads(threads)
+    return printed.getvalue()
 
 
 def launch(line, folder, *extra):
@@ -97,7 +123,7 @@ def salun_job(line, folder):
 
 
 def help_of_salun(line, folder):
-    printed = run(line.split(), folder)
+    printed = run_here(line.split(), folder)
     assert "--mask_ratio" in printed and "Share of the trained weights that may move" in printed
 
 
@@ -116,7 +142,7 @@ def quality(line, folder):
     make_garments(folder)
     words = line.split()
     words[:2] = [sys.executable, str(ROOT / words[1])]
-    printed = run([*words, "--data_dir", str(folder), "--repeats", "1", "--steps", "2"], folder)
+    printed = run_here([*words, "--data_dir", str(folder), "--repeats", "1", "--steps", "2"], folder)
     assert "garment" in printed and "generated" in printed
 
 
@@ -139,33 +165,33 @@ def step_time(line, folder):
 def invert(line, folder):
     words = shlex.split(line)
     words[2] = str(ROOT / words[2])
-    printed = run([*words, "--num-inference-steps", "4"], folder)
+    printed = run_here([*words, "--num-inference-steps", "4"], folder)
     assert "latents off by 0.0e+00" in printed and (folder / "inverted" / "comparison.png").exists()
 
 
 def edit(line, folder):
     invert(next(command for command in COMMANDS if command.startswith("sfumato invert")), folder)
-    run(shlex.split(line), folder)
+    run_here(shlex.split(line), folder)
     assert (folder / "edited" / "edited.png").exists()
 
 
 def compare_inversions(line, folder):
     words = line.split()
     few = ["--pictures", "2", "--steps", "3", "--guidance_scales", "1"]
-    assert "fixed-point" in run([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
+    assert "fixed-point" in run_here([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
 
 
 def compare_samplers(line, folder):
     make_garments(folder)
     words = line.split()
     few = ["--pictures", "10", "--steps", "5", "--seeds", "0", "--data_dir", str(folder)]
-    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
+    printed = run_here([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
     assert "time shift, F-PNDM" in printed and "atelier    5 O-BELM" in printed
 
 
 def closed_form(line, folder):
     words = line.split()
-    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], "--keep", "1", "--epochs", "1"], folder)
+    printed = run_here([sys.executable, str(ROOT / words[1]), *words[2:], "--keep", "1", "--epochs", "1"], folder)
     assert "UCE" in printed and "RECE" in printed
 
 
@@ -173,32 +199,32 @@ def compare_methods(line, folder):
     words = line.split()
     few = ["--methods", "uce", "--concepts", "sneaker", "--seeds", "0", "--pictures", "24", "--attacked", "2",
            "--num_inference_steps", "4"]  # fmt: skip
-    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
+    printed = run_here([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
     assert "| uce |" in printed and "| uce, sneaker |" in printed
     assert (folder / "bench-unlearning" / "methods.png").exists()
     table = json.loads((folder / "bench-unlearning" / "table.json").read_text())
     assert table["expected"]["uce-atelier-object"]["ua"][0] >= 70
-    again = run([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
+    again = run_here([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
     assert again == printed  # from the cells that the first run left
 
 
 def leaderboard(line, folder):
     words = [*line.split(), "--methods", "uce", "--concepts", "red", "--attacks", "none", "--quick"]  # the last counts
-    printed = run([*words, "--num_inference_steps", "2"], folder)
+    printed = run_here([*words, "--num_inference_steps", "2"], folder)
     assert "| uce |" in printed and (folder / words[3] / "leaderboard.html").exists()
 
 
 def compare_several(line, folder):
     few = ["--methods", "uce", "--pictures", "24", "--attacked", "0", "--seeds", "0", "--num_inference_steps", "4"]
     words = line.split()
-    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
+    printed = run_here([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
     assert "| uce, sneaker+boot |" in printed
 
 
 def costs(line, folder):
     words = line.split()
     few = ["--methods", "esd", "--steps", "2", "--esd_steps", "1", "--retain_repeats", "0"]  # AdvUnlearn is not short
-    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
+    printed = run_here([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
     assert printed.count("x fewer evaluations") == 1
 
 
@@ -211,7 +237,7 @@ def salun_step(line, folder):
 def edits(line, folder):
     words = line.split()
     few = ["--pictures", "2", "--num_inference_steps", "4"]
-    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
+    printed = run_here([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
     assert "infedit" in printed and (folder / "edits.png").exists()
 
 
@@ -255,7 +281,7 @@ def whole_way():
     for line in COMMANDS:
         words = shlex.split(line)
         if words[0] == "sfumato" and words[1] in MADE and words[-1] != "--help":
-            run([*words, *QUICKER[words[1]].split()], kept.name)
+            run_here([*words, *QUICKER[words[1]].split()], kept.name)
     return kept
 
 
@@ -274,7 +300,7 @@ def memory(line, folder):
 
 def mask(line, folder):
     words = line.split()
-    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], "--weights", "2"], folder)
+    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], "--weights", "2"], folder)  # measures memory
     assert "extra_mb: 1/" in printed
 
 
@@ -287,13 +313,13 @@ def training_speed(line, folder):
 def evaluation_speed(line, folder):
     words = line.split()
     few = ["--pictures", "4", "--num_inference_steps", "2", "--rounds", "1"]
-    assert "by batching" in run([sys.executable, str(ROOT / words[1]), *few], folder)
+    assert "by batching" in run_here([sys.executable, str(ROOT / words[1]), *few], folder)
 
 
 def attack_speed(line, folder):
     words = line.split()
     few = ["--prompts", "2", "--times", "1", "--iterations", "1", "--num_inference_steps", "2", "--rounds", "1"]
-    assert "prompts/s" in run([sys.executable, str(ROOT / words[1]), *few], folder)
+    assert "prompts/s" in run_here([sys.executable, str(ROOT / words[1]), *few], folder)
 
 
 def enlarger(line, folder):
@@ -309,7 +335,7 @@ def enlarger(line, folder):
 def restore(line, folder):
     enlarger(next(command for command in COMMANDS if "training/resshift.py" in command), folder)
     (folder / "small.png").write_bytes(next((folder / "photos").iterdir()).read_bytes())
-    run(line.split(), folder)
+    run_here(line.split(), folder)
     assert (folder / "restored" / "small.png").exists() and (folder / "restored" / "comparisons").is_dir()
 
 
@@ -317,7 +343,7 @@ def enlarge(line, folder):
     """One of the shipped pictures, eight pixels wide."""
     picture = next((ROOT / "src" / "sfumato" / "assets" / "renders").glob("*.png"))
     Image.open(picture).resize((8, 8), Image.Resampling.BICUBIC).save(folder / "tiny.png")
-    run(line.split(), folder)
+    run_here(line.split(), folder)
     assert Image.open(folder / "enlarged" / "tiny.png").size == (32, 32)
 
 
@@ -326,11 +352,37 @@ def compare_restoration(line, folder):
     make_garments(folder)
     words = line.split()
     few = ["--steps", "4", "--pictures", "8", "--timed", "1", "--candidates", "2", "--pairs", "8"]
-    printed = run([sys.executable, str(ROOT / words[1]), *words[2:], *few, "--data_dir", str(folder)], folder)
+    printed = run_here([sys.executable, str(ROOT / words[1]), *words[2:], *few, "--data_dir", str(folder)], folder)
     assert "| resshift-4 |" in printed and "searched noise" in printed
 
 
+def compare_minority(line, folder):
+    make_garments(folder)
+    words = line.split()
+    few = ["--pictures", "10", "--real", "100", "--steps", "4", "--data_dir", str(folder)]
+    printed = run_here([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
+    assert "| self-guidance |" in printed and list((folder / "bench-minority").glob("minority-atelier*.png"))
+
+
+def compare_steps(line, folder):
+    make_garments(folder)
+    words = line.split()
+    few = ["--pictures", "10", "--captions", "1", "--schedules", "leading:2", "--colour_scales", "2"]
+    printed = run_here([sys.executable, str(ROOT / words[1]), *words[2:], *few, "--data_dir", str(folder)], folder)
+    assert "| leading, 2 steps, one more |" in printed and "| leading, 2 steps, guidance 2 |" in printed
+
+
+def made_up(line, folder):
+    words = line.split()
+    few = ["--steps", "30", "--samples", "50", "--shape_steps", "1", "--shape_samples", "2", "--shape_batch_size", "2"]
+    printed = run_here([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
+    assert "| grid | 50 |" in printed and (folder / "bench-hallucination" / "hallucination.png").exists()
+
+
 RUNS = {
+    **{line: compare_minority for line in COMMANDS if "benchmarks/minority.py" in line},
+    "python benchmarks/one_more_step.py --output bench-one-more-step": compare_steps,
+    "python benchmarks/hallucination.py --output bench-hallucination": made_up,
     "python benchmarks/training_speed.py": training_speed,
     "python benchmarks/evaluation_speed.py": evaluation_speed,
     "python benchmarks/attack_speed.py": attack_speed,
@@ -371,6 +423,8 @@ SLOW = [
     "python benchmarks/memory.py",  # a minute and a half
     "python benchmarks/samplers.py",  # it tries many settings even on few pictures
     "python benchmarks/salun_step.py --model sd15 --steps 2 --rounds 2",  # it needs 10 GB
+    "python benchmarks/salun_step.py --steps 10 --rounds 3",  # the same program
+    "sfumato benchmark --output first-look --methods uce,rece --concepts sneaker,sketch,red --quick",  # likewise
     "accelerate launch training/train_atelier.py --output atelier-run",  # see tests/training/test_train_atelier.py
 ]
 
