@@ -55,7 +55,7 @@ class StepConfig:
     step: str = "atelier-one-more-step"
     schedules: str = "trailing:20,leading:20,leading:4"
     captions: int = 3
-    pictures: int = 80
+    pictures: int = 40
     guidance_scale: float = 3.0
     oms_guidance_scale: float = 1.0
     colour_scales: str = "1,2,4"
