@@ -3,8 +3,9 @@
 Plain ancestral sampling, minority guidance by a classifier of noisy samples, self-guidance, Boost-and-Skip, and, for
 text, MinorityPrompt draw the same prompts from the same seeds. Printed are means with 95 % intervals of the minority
 score of what was drawn (L2), its distance to the nearest real test pictures and its local outlier factor among them,
-in the judge's features, and the share that the judge still takes for the garment that was asked for; real pictures
-stand beside them. ``minority-MODEL.png`` shows some.
+in the judge's features; and the shares that lie among the real ones there (precision) and that the judge still takes
+for the garment that was asked for. Real pictures stand beside them. ``minority-MODEL.png`` shows some; what is drawn
+is kept, and not drawn again by a run with the same settings.
 """
 
 import json
@@ -22,7 +23,7 @@ import sfumato
 from sfumato import MinorityGuidancePipeline, MinorityGuidanceScheduler, atelier, storage
 from sfumato.arguments import make_parser
 from sfumato.evaluation.judge import Judge
-from sfumato.evaluation.manifolds import local_outlier_factors, neighbour_distances
+from sfumato.evaluation.manifolds import compare_manifolds, local_outlier_factors, neighbour_distances
 from sfumato.evaluation.metrics import Estimate, wilson
 from sfumato.evaluation.report import label_rows, picture_grid
 from sfumato.families import class_names
@@ -227,24 +228,50 @@ class Sight:
             values["distance"] = neighbour_distances(features, self.near)
             values["outlier"] = local_outlier_factors(features, self.near)
         right = int((self.judge.predict(self.seen(pictures))["garment"] == torch.tensor(garments)).sum())
-        return {**summarise(values), "precision": wilson(right, len(pictures))}
+        shares = {"asked": wilson(right, len(pictures))}
+        if apart:
+            shares["precision"] = compare_manifolds(features, self.near).precision
+        return {**summarise(values), **shares}
 
 
-def drawn(draw: Draw, config: MinorityConfig, description: str) -> tuple[torch.Tensor, float]:
-    """All pictures of a method, and the seconds that one took."""
-    garments = [number % GARMENTS for number in range(config.pictures)]
+def drawn(name: str, pipe: Any, config: MinorityConfig) -> tuple[torch.Tensor, float]:
+    """All pictures of a method, and the seconds that one took; drawn at most once."""
+    told = asdict(config)
+    key = {"method": name} | {
+        setting: told[setting] for setting in told.keys() - {"output", "methods", "real", "data_dir"}
+    }
+    file = Path(config.output) / f"minority-{config.model}-{name}.safetensors"
+    kept = storage.load_tensors_of(file, key)
+    if kept is not None:
+        return kept["pictures"], float(kept["seconds"])
+    draw, garments = METHODS[name](pipe, config), [number % GARMENTS for number in range(config.pictures)]
     parts, began = [], time.perf_counter()
-    for start in Track(range(0, len(garments), config.batch_size), description):
+    for start in Track(range(0, len(garments), config.batch_size), LABELS[name]):
         some = garments[start : start + config.batch_size]
         generators = [generator_for(config.seed, STREAM, start + k) for k in range(len(some))]
         call = {"generator": generators, "num_inference_steps": config.steps, "guidance_scale": config.guidance_scale}
         parts.append(draw(some, call).float().cpu())
-    return torch.cat(parts), (time.perf_counter() - began) / len(garments)
+    pictures, seconds = torch.cat(parts), (time.perf_counter() - began) / len(garments)
+    storage.save_tensors(file, {"pictures": pictures, "seconds": torch.tensor(seconds)}, {"key": key})
+    return pictures, seconds
 
 
-def cell(found: Estimate, digits: int) -> str:
+COLUMNS: dict[str, tuple[str, float, int, str]] = {  # heading, factor, digits, unit
+    "score": ("minority score", 1, 2, ""),
+    "distance": ("distance to real", 1, 2, ""),
+    "outlier": ("local outlier factor", 1, 3, ""),
+    "precision": ("among the real", 100, 1, " %"),
+    "asked": ("garment as asked", 100, 1, " %"),
+}
+
+
+def cell(found: Estimate | None, column: str) -> str:
     """A figure and its interval."""
-    return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+    if found is None:
+        return ""
+    _, factor, digits, unit = COLUMNS[column]
+    value, low, high = (f"{factor * part:.{digits}f}" for part in (found.value, found.low, found.high))
+    return f"{value}{unit} [{low}, {high}]"
 
 
 def main(config: MinorityConfig) -> None:
@@ -258,19 +285,12 @@ def main(config: MinorityConfig) -> None:
     found = {"real": (sight.measure(sight.real, sight.garments, apart=False), None)}
     shown = []
     for name in methods:
-        pictures, seconds = drawn(METHODS[name](pipe, config), config, LABELS[name])
+        pictures, seconds = drawn(name, pipe, config)
         found[name] = sight.measure(pictures, garments), seconds
         shown.append(pictures[:SHOWN].expand(-1, 3, -1, -1))
-    lines = [
-        "| | minority score | distance to real | local outlier factor | garment as asked | s a picture |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = [f"| | {' | '.join(heading for heading, *_ in COLUMNS.values())} | s a picture |", "|---" * 7 + "|"]
     for name, (values, seconds) in found.items():
-        share = values["precision"]
-        cells = [cell(values["score"], 2)]
-        for key, digits in (("distance", 2), ("outlier", 3)):
-            cells.append(cell(values[key], digits) if key in values else "")
-        cells += [f"{100 * share.value:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}]"]
+        cells = [cell(values.get(column), column) for column in COLUMNS]
         lines.append(f"| {LABELS[name]} | {' | '.join(cells)} | {'' if seconds is None else f'{seconds:.2f}'} |")
     print(f"{config.model}, {config.pictures} pictures, {config.steps} steps, {torch.get_num_threads()} threads\n")
     print("\n".join(lines))

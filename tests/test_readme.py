@@ -359,7 +359,7 @@ def compare_restoration(line, folder):
 def compare_minority(line, folder):
     make_garments(folder)
     words = line.split()
-    few = ["--pictures", "10", "--real", "100", "--steps", "4", "--data_dir", str(folder)]
+    few = ["--pictures", "10", "--real", "100", "--steps", "6", "--data_dir", str(folder)]
     printed = run_here([sys.executable, str(ROOT / words[1]), *words[2:], *few], folder)
     assert "| self-guidance |" in printed and list((folder / "bench-minority").glob("minority-atelier*.png"))
 
