@@ -28,15 +28,18 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["OneMoreStepPipeline", "encoders_of", "initial_sample", "load_timeless_unet", "text_states"]
+__all__ = ["NO_SIGNAL", "OneMoreStepPipeline", "encoders_of", "initial_sample", "load_timeless_unet", "text_states"]
 
 logger = logging.getLogger(__name__)
 
+NO_SIGNAL = 1e-6
+"""The largest A that is none: schedulers that can't have 0 at zero terminal SNR have 2^-24 there."""
 PUBLISHED = "oms_module"  # what the authors' repositories call the network
 HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only")
 
@@ -110,7 +113,7 @@ class OneMoreStepPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] | None = None,
         *,
         oms_prompt: str | list[str] | None = None,
         oms_guidance_scale: float = 1.0,
@@ -126,7 +129,8 @@ class OneMoreStepPipeline(DiffusionPipeline):
         """Draw.
 
         Args:
-            prompt: What to draw, for the pipeline; and for the step unless that has its own.
+            prompt: What to draw, for the pipeline; and for the step unless that has its own. None goes with
+                ``prompt_embeds`` and `oms_prompt`.
             oms_prompt: Of the step: one, or one for each prompt.
             oms_guidance_scale: w; 1 is no guidance.
             one_more_step: Whether to make the step: without, this is the pipeline that draws.
@@ -136,19 +140,19 @@ class OneMoreStepPipeline(DiffusionPipeline):
             height: In pixels; the pipeline's own by default.
             width: Likewise.
             generator: Seeds n, z and the sampler's noise; a list of as many as pictures seeds each alone.
-            **kwargs: Of the pipeline that draws.
+            **kwargs: Of the pipeline that draws, `timesteps` and `sigmas` among them.
 
         Returns:
             What the pipeline that draws returns. A schedule whose first time has no signal left needs no such step;
             that is said, and the step left out.
 
         Raises:
-            ValueError: If there is no pipeline that draws, its scheduler has no betas (a flow), latents are given, or
-                the prompts of the step are not as many.
+            ValueError: If there is no pipeline that draws or it is another than Stable Diffusion, its scheduler has no
+                betas (a flow) or starts from other noise, latents or no prompt are given, or the prompts of the step
+                are not as many.
         """
         base = self.base
-        if base is None:
-            raise ValueError("There is nothing to draw with: load the step with `base`, a Stable Diffusion pipeline.")
+        _check_base(base)
         drawing = {
             "num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt,
             "height": height, "width": width, "generator": generator, **kwargs,
@@ -158,15 +162,13 @@ class OneMoreStepPipeline(DiffusionPipeline):
         if kwargs.get("latents") is not None:
             raise ValueError("The step makes the latents: drop `latents`, or set one_more_step=False.")
         device = base._execution_device
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        own = prompts if oms_prompt is None else [oms_prompt] if isinstance(oms_prompt, str) else list(oms_prompt)
-        if len(own) not in (1, len(prompts)):
-            raise ValueError(f"`oms_prompt` must be one, or one for each of {len(prompts)} prompts, got {len(own)}.")
-        alpha, unit = self._first_alpha(num_inference_steps, device)
-        if alpha == 0:
+        own = _told(prompt, oms_prompt, kwargs.get("prompt_embeds"))
+        given = {name: kwargs[name] for name in ("timesteps", "sigmas") if kwargs.get(name) is not None}
+        alpha, unit = self._first_alpha(num_inference_steps, device, **given)
+        if alpha <= NO_SIGNAL:
             logger.warning("The schedule starts without any signal already: one more step has nothing to mend.")
             return base(prompt, **drawing)
-        told = [text for text in (own * len(prompts) if len(own) == 1 else own) for _ in range(num_images_per_prompt)]
+        told = [text for text in own for _ in range(num_images_per_prompt)]
         shape = (len(told), self.unet.config.in_channels, *self._sides(height, width))
         noise = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
         velocity = self.predict(noise, told, oms_guidance_scale)
@@ -196,19 +198,20 @@ class OneMoreStepPipeline(DiffusionPipeline):
         without, with_it = found.chunk(2)
         return without + guidance_scale * (with_it - without)
 
-    def _first_alpha(self, steps: int, device: Any) -> tuple[float, float]:
+    def _first_alpha(self, steps: int, device: Any, **given: Any) -> tuple[float, float]:
         """A at the first time of the run, and what x_T is multiplied by before the pipeline scales it itself."""
         scheduler = self.base.scheduler
-        if not hasattr(scheduler, "alphas_cumprod"):
-            raise ValueError(
-                f"{type(scheduler).__name__} has no schedule of betas: flows start from pure noise, and need no step."
-            )
-        scheduler.set_timesteps(steps, device=device)
-        scale = float(scheduler.init_noise_sigma)
-        if scale == 1:
+        retrieve_timesteps(scheduler, steps, device, **given)
+        scale, sigmas = float(scheduler.init_noise_sigma), getattr(scheduler, "sigmas", None)
+        if sigmas is None:
+            if scale != 1:
+                raise ValueError(
+                    f"{type(scheduler).__name__} begins with noise of the deviation {scale:g}, and the step makes noise"
+                    " of the deviation 1: leave out one of the two (`boost=1`, or `one_more_step=False`)."
+                )
             return float(scheduler.alphas_cumprod[int(scheduler.timesteps[0])]), 1.0
-        alpha = 1 / (1 + float(scheduler.sigmas[0]) ** 2)
-        return alpha, alpha**-0.5 / scale
+        alpha = 1 / (1 + float(sigmas[0]) ** 2)
+        return alpha, 1.0 if scale == 1 else alpha**-0.5 / scale
 
     def _sides(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width of latents."""
@@ -237,6 +240,35 @@ class OneMoreStepPipeline(DiffusionPipeline):
                 f" text encoder gives {told.shape[-1]}: load the step with the encoder that it was trained with."
             )
         return told
+
+
+def _check_base(base: Any) -> None:
+    """Raise a ValueError unless a step can begin a run of a pipeline."""
+    if base is None:
+        raise ValueError("There is nothing to draw with: load the step with `base`, a Stable Diffusion pipeline.")
+    if getattr(base, "unet", None) is None or not hasattr(base, "vae_scale_factor"):
+        raise ValueError(f"One More Step is for Stable Diffusion 1, 2 and XL, and `base` is a {type(base).__name__}.")
+    name, config = type(base.scheduler).__name__, base.scheduler.config
+    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    if flow or name.startswith("FlowMatch"):
+        raise ValueError(f"{name} is set up for a flow, which starts from pure noise as it should, and needs no step.")
+    if not hasattr(base.scheduler, "alphas_cumprod"):
+        raise ValueError(f"{name} has no schedule of betas, whose end the step mends: use a scheduler that has.")
+
+
+def _told(prompt: str | list[str] | None, own: str | list[str] | None, embeds: Tensor | None) -> list[str]:
+    """What the step is told of each prompt of a run."""
+    if prompt is None and (own is None or embeds is None):
+        raise ValueError("Pass `prompt`; or `prompt_embeds`, and `oms_prompt`, as the step has its own text encoder.")
+    prompts = [""] * len(embeds) if prompt is None and embeds is not None else _listed(prompt)
+    told = prompts if own is None else _listed(own)
+    if not prompts or len(told) not in (1, len(prompts)):
+        raise ValueError(f"`oms_prompt` must be one, or one for each of {len(prompts)} prompts, got {len(told)}.")
+    return told * len(prompts) if len(told) == 1 else told
+
+
+def _listed(prompts: str | list[str] | None) -> list[str]:
+    return [prompts] if isinstance(prompts, str) else list(prompts or [])
 
 
 def encoders_of(pipe: Any) -> list[tuple[Any, Any]]:

@@ -29,7 +29,7 @@ from sfumato.guidance.card import ONE_MORE_STEP
 from sfumato.guidance.job import Materials, main
 from sfumato.guidance.networks import NetworkConfig, make_timeless_unet
 from sfumato.guidance.pictures import Captioned, Renders
-from sfumato.pipelines.pipeline_one_more_step import OneMoreStepPipeline, encoders_of, text_states
+from sfumato.pipelines.pipeline_one_more_step import NO_SIGNAL, OneMoreStepPipeline, encoders_of, text_states
 from sfumato.randomness import rng_for
 from sfumato.settings import check_types
 from sfumato.trainer import Shard
@@ -38,7 +38,6 @@ from sfumato.unlearning.noising import NoisyBatch, noisy_batch
 
 TRAINED, MEASURED = 821, 822  # keys that keep the random streams apart
 DROPPED = 4  # stream of a sample
-NO_SIGNAL = 1e-6  # of `alphas_cumprod`: schedulers that can't have 0 there have 2^-24
 SAMPLES = 512  # that the result is measured on
 
 Encode = Callable[[list[str]], torch.Tensor]

@@ -221,15 +221,39 @@ def test_a_published_network_that_is_damaged_is_refused(step, tmp_path):
 # ---------------------------------------------------------------- what is left out or refused
 
 
-def test_a_schedule_without_signal_needs_no_step(step, atelier, caplog):
-    usual = atelier.scheduler
-    atelier.scheduler = DDIMScheduler.from_config(
-        usual.config, rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"
-    )
+ZERO_SIGNAL = ["DDIM", "EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "UniPCMultistep"]
+
+
+@pytest.mark.parametrize("kind", ZERO_SIGNAL)
+def test_a_schedule_without_signal_needs_no_step(step, atelier, kind, caplog, monkeypatch):
+    """Those in units of sigma can't have 0, and have 2^-24."""
+    scheduler = getattr(diffusers, f"{kind}Scheduler").from_config(
+        atelier.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing",
+        prediction_type="v_prediction",
+    )  # fmt: skip
+    monkeypatch.setattr(atelier, "scheduler", scheduler)
     with caplog.at_level(logging.WARNING):
         assert np.array_equal(draw(step), draw(atelier))
     assert "nothing to mend" in caplog.text
-    atelier.scheduler = usual
+
+
+@pytest.mark.parametrize("kind", ["DDPM", "EulerDiscrete", "DPMSolverMultistep"])
+def test_times_of_ones_own_are_heeded(step, atelier, kind, monkeypatch):
+    alphas = []
+    monkeypatch.setattr(
+        "sfumato.pipelines.pipeline_one_more_step.initial_sample",
+        lambda velocity, noise, alpha, **_: alphas.append(alpha) or noise,
+    )
+    made = getattr(diffusers, f"{kind}Scheduler").from_config(atelier.scheduler.config, timestep_spacing="leading")
+    monkeypatch.setattr(atelier, "scheduler", made)
+    draw(step, timesteps=[950, 600, 200])
+    assert alphas == [pytest.approx(float(made.alphas_cumprod[950]), rel=1e-4)]
+
+
+def test_embedded_prompts_go_with_a_prompt_of_the_step(step, atelier):
+    told, _ = atelier.encode_prompt("a photo of a red bag", "cpu", 1, False)
+    call = {"guidance_scale": 1.0, "oms_prompt": "a photo of a bag"}
+    assert np.allclose(draw(step, None, prompt_embeds=told, **call), draw(step, **call), atol=1e-5)
 
 
 def test_what_makes_no_sense_is_refused(step, atelier, monkeypatch):
@@ -240,5 +264,31 @@ def test_what_makes_no_sense_is_refused(step, atelier, monkeypatch):
     with pytest.raises(ValueError, match="one for each of 2 prompts, got 3"):
         draw(step, ["a bag", "a coat"], oms_prompt=["a"] * 3)
     monkeypatch.setattr(atelier, "scheduler", diffusers.FlowMatchEulerDiscreteScheduler())
-    with pytest.raises(ValueError, match="flows start from pure noise"):
+    with pytest.raises(ValueError, match="flow, which starts from pure noise"):
         draw(step)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (
+            diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+            "set up for a flow",
+        ),
+        (diffusers.EDMEulerScheduler(), "no schedule of betas"),
+        (sfumato.MinorityGuidanceScheduler(guidance_scale=0.0, boost=2.0), "of the deviation 2,"),
+    ],
+)
+def test_schedulers_that_it_can_not_begin_for_are_refused(step, atelier, scheduler, message, monkeypatch):
+    monkeypatch.setattr(atelier, "scheduler", scheduler)
+    with pytest.raises(ValueError, match=message):
+        draw(step)
+
+
+def test_other_pipelines_and_no_prompts_are_refused(step):
+    other = OneMoreStepPipeline(step.unet, step.text_encoder, step.tokenizer, base=sfumato.load("atelier-pixel"))
+    with pytest.raises(ValueError, match="is for Stable Diffusion 1, 2 and XL, and `base` is a ClassCond"):
+        other("a bag")
+    for call in ({}, {"oms_prompt": "a bag"}, {"prompt_embeds": torch.zeros(1, 5, 8)}):
+        with pytest.raises(ValueError, match="Pass `prompt`; or `prompt_embeds`, and `oms_prompt`"):
+            draw(step, None, **call)
