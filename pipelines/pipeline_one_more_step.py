@@ -206,8 +206,8 @@ class OneMoreStepPipeline(DiffusionPipeline):
         if sigmas is None:
             if scale != 1:
                 raise ValueError(
-                    f"{type(scheduler).__name__} begins with noise of the deviation {scale:g}, and the step makes noise"
-                    " of the deviation 1: leave out one of the two (`boost=1`, or `one_more_step=False`)."
+                    f"{type(scheduler).__name__} begins with noise of the deviation {scale:g}, and the step makes"
+                    " noise of the deviation 1: leave out one of the two (`boost=1`, or `one_more_step=False`)."
                 )
             return float(scheduler.alphas_cumprod[int(scheduler.timesteps[0])]), 1.0
         alpha = 1 / (1 + float(sigmas[0]) ** 2)

@@ -1,5 +1,6 @@
 """The variance of predicted clean samples: its value, in stock pipelines and with all kinds of schedulers."""
 
+import contextlib
 from types import SimpleNamespace
 
 import diffusers
@@ -126,22 +127,82 @@ def test_it_goes_together_with_other_callbacks(atelier):
     assert counter.steps == 8 and torch.equal(watch.scores, alone.scores)
 
 
-def test_a_run_that_was_interrupted_leaves_nothing_behind(atelier):
-    watch, expected = TrajectoryVariance(0, 700), TrajectoryVariance(0, 700)
+class Stopping(PipelineCallback):
+    """Ends a run after its fourth step."""
+
+    tensor_inputs: list[str] = []  # noqa: RUF012
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
+        if step_index == 3:
+            self.how(pipeline)
+        return callback_kwargs
+
+
+def press_keys(pipeline):
+    raise KeyboardInterrupt
+
+
+def ask_it_to_stop(pipeline):
+    pipeline._interrupt = True
+
+
+@pytest.mark.parametrize("how", [press_keys, ask_it_to_stop])
+def test_a_run_that_was_broken_off_leaves_nothing_behind(atelier, how):
+    watch, expected = TrajectoryVariance(0, 999), TrajectoryVariance(0, 999)
     draw(atelier, expected)
-
-    class Stopping(PipelineCallback):
-        tensor_inputs: list[str] = []  # noqa: RUF012
-
-        def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
-            if step_index == 3:
-                raise KeyboardInterrupt
-            return callback_kwargs
-
-    with pytest.raises(KeyboardInterrupt):
-        draw(atelier, MultiPipelineCallbacks([watch, Stopping()]))
+    plain = draw(atelier, None, count=3)
+    with contextlib.suppress(KeyboardInterrupt):
+        draw(atelier, MultiPipelineCallbacks([watch, Stopping(how)]))
+    so_far = watch.scores
+    assert torch.equal(draw(atelier, None, count=3), plain)  # of another size, and not watched
+    assert torch.equal(watch.scores, so_far) and not torch.equal(so_far, expected.scores)
+    assert not {"step", "set_timesteps"} & set(vars(atelier.scheduler))
     draw(atelier, watch)
-    assert torch.equal(watch.scores, expected.scores) and "step" not in vars(atelier.scheduler)
+    assert torch.equal(watch.scores, expected.scores)
+
+
+def test_a_run_that_is_asked_to_stop_first_is_not_watched_any_more(atelier):
+    watch = TrajectoryVariance(0, 999)
+    draw(atelier, MultiPipelineCallbacks([Stopping(ask_it_to_stop), watch]))
+    assert "step" not in vars(atelier.scheduler) and watch._count == 3
+
+
+def test_two_can_watch_a_run_and_one_several(atelier):
+    early, late, apart = TrajectoryVariance(400, 999), TrajectoryVariance(0, 500), TrajectoryVariance(0, 500)
+    draw(atelier, MultiPipelineCallbacks([early, late]))
+    draw(atelier, apart)
+    assert torch.equal(late.scores, apart.scores) and not torch.equal(early.scores, apart.scores)
+    with apart.watching(atelier), early.watching(atelier):
+        draw(atelier, None, count=3)
+        draw(atelier, None)
+    assert torch.allclose(apart.scores, late.scores) and len(early.scores) == 2
+    assert not {"step", "set_timesteps"} & set(vars(atelier.scheduler))
+
+
+@pytest.mark.parametrize(
+    "scheduler", [diffusers.EDMEulerScheduler(), diffusers.EulerDiscreteScheduler(timestep_type="continuous")]
+)
+def test_times_in_other_units_are_refused(atelier, scheduler, monkeypatch):
+    monkeypatch.setattr(atelier, "scheduler", scheduler)
+    with pytest.raises(ValueError, match="counts times as logarithms"):
+        draw(atelier, TrajectoryVariance())
+    assert not {"step", "set_timesteps"} & set(vars(scheduler))
+
+
+def test_a_scheduler_that_does_not_tell_is_refused_at_its_first_step(atelier, monkeypatch):
+    calls = []
+    monkeypatch.setattr(atelier, "scheduler", diffusers.IPNDMScheduler())
+    handle = atelier.unet.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        with pytest.raises(ValueError, match="IPNDMScheduler does not tell"):
+            draw(atelier, TrajectoryVariance(0, 1))
+    finally:
+        handle.remove()
+    assert len(calls) == 2  # of 8
 
 
 def test_calibration_keeps_the_share_that_is_asked_for():

@@ -48,8 +48,11 @@ class TrajectoryVariance(PipelineCallback):
     Attributes:
         threshold: The largest score that is kept; None until `calibrate` is called or it is set.
 
+    A run that is broken off leaves nothing behind but its score so far: the next one ends it.
+
     Raises:
-        ValueError: If `t_max` is below `t_min`.
+        ValueError: If `t_max` is below `t_min`; and from the first step that is watched, if the scheduler does not say
+            what is predicted or counts times in other units (EDM).
     """
 
     tensor_inputs: list[str] = []  # noqa: RUF012
@@ -60,7 +63,8 @@ class TrajectoryVariance(PipelineCallback):
             raise ValueError(f"`t_max` must be at least `t_min`, got {t_max} and {t_min}.")
         self.t_min, self.t_max = t_min, t_max
         self.threshold: float | None = None
-        self._scheduler: Any = None
+        self._watched: _Watched | None = None
+        self._every_run = False
         self._begin()
 
     def callback_fn(
@@ -70,15 +74,19 @@ class TrajectoryVariance(PipelineCallback):
         if step_index == 0:
             self._begin()
             self._attach(pipeline.scheduler)
-        if step_index >= getattr(pipeline, "num_timesteps", len(pipeline.scheduler.timesteps)) - 1:
+        last = step_index >= getattr(pipeline, "num_timesteps", len(pipeline.scheduler.timesteps)) - 1
+        if last or getattr(pipeline, "interrupt", False):
             self._detach()
         return callback_kwargs
 
     @contextmanager
     def watching(self, pipeline: Any) -> Iterator[TrajectoryVariance]:
-        """Watch all steps of a pipeline's run, for as long as the context lasts."""
+        """Watch all steps of a pipeline's runs, for as long as the context lasts; the scores are those of the last.
+
+        A run of `DiTPipeline` with guidance steps each sample twice: the first half of the scores is the pictures'.
+        """
         self._begin()
-        self._attach(pipeline.scheduler)
+        self._attach(pipeline.scheduler, every_run=True)
         try:
             yield self
         finally:
@@ -118,30 +126,28 @@ class TrajectoryVariance(PipelineCallback):
         self._count = 0
         self._mean = self._squares = torch.zeros(0)
 
-    def _attach(self, scheduler: Any) -> None:
-        """Let every step of the scheduler be seen; its own method is looked up again when this is taken away."""
+    def _attach(self, scheduler: Any, every_run: bool = False) -> None:
+        """Let every step of the scheduler be seen, of this run or of all that follow."""
         self._detach()
-        step = scheduler.step
-
-        @functools.wraps(step)
-        def seen(
-            model_output: Any, timestep: Any, sample: Any, *args: Any, return_dict: bool = True, **more: Any
-        ) -> Any:
-            index = getattr(scheduler, "step_index", None)
-            found = step(model_output, timestep, sample, *args, return_dict=True, **more)
-            if self.t_min <= float(timestep) <= self.t_max:
-                clean = getattr(found, "pred_original_sample", None)
-                clean = _predicted(scheduler, index, model_output, timestep, sample) if clean is None else clean
-                self._add(clean.detach())
-            return found if return_dict else found.to_tuple()
-
-        scheduler.step = seen
-        self._scheduler = scheduler
+        _check_times(scheduler)
+        self._watched, self._every_run = _Watched.of(scheduler), every_run
+        self._watched.by.append(self)
 
     def _detach(self) -> None:
-        if self._scheduler is not None:
-            del self._scheduler.step
-            self._scheduler = None
+        if self._watched is not None:
+            self._watched.leave(self)
+            self._watched = None
+
+    def _run_begins(self) -> None:
+        """The scheduler is set up for another run."""
+        if self._every_run:
+            self._begin()
+        else:
+            self._detach()
+
+    def _step_taken(self, timestep: Any, clean: torch.Tensor) -> None:
+        if self.t_min <= float(timestep) <= self.t_max:
+            self._add(clean)
 
     def _add(self, clean: torch.Tensor) -> None:
         """Welford's update of the mean and of the sum of squares about it."""
@@ -152,6 +158,50 @@ class TrajectoryVariance(PipelineCallback):
         apart = clean - self._mean
         self._mean = self._mean + apart / self._count
         self._squares = self._squares + apart * (clean - self._mean)
+
+
+class _Watched:
+    """A scheduler whose steps are seen, by one or more; its own methods are looked up again when the last one leaves.
+
+    Args:
+        scheduler: The scheduler.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler, self.by = scheduler, list[TrajectoryVariance]()
+        step, set_timesteps = scheduler.step, scheduler.set_timesteps
+
+        @functools.wraps(step)
+        def seen(
+            model_output: Any, timestep: Any, sample: Any, *args: Any, return_dict: bool = True, **more: Any
+        ) -> Any:
+            index = getattr(scheduler, "step_index", None)
+            found = step(model_output, timestep, sample, *args, return_dict=True, **more)
+            clean = getattr(found, "pred_original_sample", None)
+            clean = _predicted(scheduler, index, model_output, timestep, sample) if clean is None else clean
+            for watch in self.by:
+                watch._step_taken(timestep, clean.detach())
+            return found if return_dict else found.to_tuple()
+
+        @functools.wraps(set_timesteps)
+        def begins(*args: Any, **more: Any) -> Any:
+            for watch in list(self.by):
+                watch._run_begins()
+            return set_timesteps(*args, **more)
+
+        scheduler.step, scheduler.set_timesteps = seen, begins
+        seen.watched = self  # type: ignore[attr-defined]
+
+    @classmethod
+    def of(cls, scheduler: Any) -> _Watched:
+        """The one of a scheduler."""
+        return getattr(scheduler.step, "watched", None) or cls(scheduler)
+
+    def leave(self, watch: TrajectoryVariance) -> None:
+        """Be watched by one less."""
+        self.by.remove(watch)
+        if not self.by:
+            del self.scheduler.step, self.scheduler.set_timesteps
 
 
 def trajectory_variance(
@@ -193,6 +243,17 @@ def threshold_for(scores: torch.Tensor, kept: float = 0.96) -> float:
         raise ValueError(f"`kept` must lie above 0 and be at most 1, got {kept}.")
     enough = max(1, math.ceil(kept * scores.numel() - 1e-9))
     return float(scores.flatten().double().kthvalue(enough).values)
+
+
+def _check_times(scheduler: Any) -> None:
+    """Raise a ValueError if a scheduler's times are not those that `t_min` and `t_max` are."""
+    config: Mapping[str, Any] = scheduler.config
+    edm = config["process"] == "edm" if "process" in config else "sigma_data" in config
+    if edm or config.get("timestep_type") == "continuous":
+        raise ValueError(
+            f"{type(scheduler).__name__} counts times as logarithms of sigma, and `t_min` and `t_max` are training"
+            " times: use a scheduler that counts these."
+        )
 
 
 def _predicted(scheduler: Any, index: int | None, output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> Any:
