@@ -1,4 +1,4 @@
-r"""Self-guided minority sampling: any pipeline of diffusers, steered through its own denoiser towards rare samples.
+r"""Self-guided minority sampling: a pipeline of diffusers, steered through its own denoiser towards rare samples.
 
 Um, Ye, "Self-Guided Generation of Minority Samples Using Diffusion Models", ECCV 2024, arXiv 2407.11555. A sample is
 rare if the clean sample that the denoiser sees in it is not what it sees after that was noised again: with p(x, t) the
@@ -12,8 +12,10 @@ divided by the largest entry of each sample's. `MinorityGuidanceScheduler`, of w
 along it. That takes two more calls of the denoiser and one backward pass at a guided step.
 
 Differences from the released program (commit f239b66; written from the equations, not from its code): it works through
-the denoiser of any pipeline, of whose classifier-free guidance it takes the conditional branch; the distance is the L2
-norm unless another is given, where theirs is LPIPS by AlexNet.
+the denoiser of pipelines with at most plain classifier-free guidance, of which it takes the conditional branch, and of
+InstructPix2Pix; others (PAG, several edits at once) are refused. A ControlNet's residuals are held fixed. The distance
+is the L2 norm unless another is given, where theirs is LPIPS by AlexNet. The golden runs are met to 1e-9 with the
+smallest `alphas_cumprod` as stored there, which differs from the exact one by 6e-10.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from torch import Tensor
 
 __all__ = ["MinorityGuidancePipeline", "self_guidance"]
 
+SAMPLES = ("sample", "hidden_states")
+"""What denoisers call their samples."""
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -44,13 +48,18 @@ class MinorityGuidancePipeline(DiffusionPipeline):
         scheduler: A `MinorityGuidanceScheduler` for it; its `guidance_scale` is how far each guided step is moved.
 
     Raises:
-        ValueError: If the pipeline has no denoiser, or the scheduler takes no guide.
+        ValueError: If the pipeline has no denoiser or perturbs its attention (PAG), or the scheduler takes no guide.
     """
 
     def __init__(self, base: DiffusionPipeline, scheduler: Any) -> None:
         super().__init__()
         if not isinstance(_denoiser(base), torch.nn.Module):
             raise ValueError(f"{type(base).__name__} has neither a `unet` nor a `transformer` to be guided through.")
+        if "PAG" in type(base).__name__:
+            raise ValueError(
+                f"{type(base).__name__} perturbs the attention of a part of its batch, and its denoiser takes no other"
+                " batch: use the pipeline without PAG."
+            )
         if not hasattr(scheduler, "set_guide"):
             raise ValueError(
                 f"{type(scheduler).__name__} takes no guide: make one by"
@@ -82,7 +91,7 @@ class MinorityGuidancePipeline(DiffusionPipeline):
             *args: Of the pipeline that draws.
             perturb_ratio: Where s lies: the share of the run's steps below it.
             stop_ratio: Guide only while more than this share of the steps is left; None guides to the end.
-            guide_every: Guide at every so many steps, counted from the clean end; of short runs at every one.
+            guide_every: Guide at every so many steps, counted back from the last, which always is one of them.
             noise_samples: Draws of the noise eps' that a gradient is the mean of.
             normalize: Divide each sample's gradient by its largest entry.
             distance: Takes two batches of predicted clean samples ``(B, C, H, W)``, gives ``(B,)``; None is the L2
@@ -95,7 +104,8 @@ class MinorityGuidancePipeline(DiffusionPipeline):
             What the pipeline that draws returns.
 
         Raises:
-            ValueError: If a setting is out of its range.
+            ValueError: If a setting is out of its range; and from the first step, if the pipeline asks its denoiser
+                for more than a sample with and without its prompt.
         """
         for name, value, fits in (
             ("perturb_ratio", perturb_ratio, 0 <= perturb_ratio <= 1),
@@ -108,15 +118,17 @@ class MinorityGuidancePipeline(DiffusionPipeline):
                     f"`{name}` must lie {'in [0, 1]' if 'ratio' in name else 'at 1 or above'}, got {value}."
                 )
         own, network = self.base.scheduler, _denoiser(self.base)
-        with _recorded(network) as call, _checkpointed(network, gradient_checkpointing):
+        guided_before = self.scheduler.guide
+        with _recorded(network) as call, checkpointed(network, gradient_checkpointing):
 
             def guide(sample: Tensor, time: int) -> Tensor | None:
+                first = _conditional(self.base, call, len(sample))
                 left = len(self.scheduler.timesteps) - self.scheduler.step_index
                 if left % guide_every or (
                     stop_ratio is not None and left <= stop_ratio * len(self.scheduler.timesteps)
                 ):
                     return None
-                predict = _prediction(self.scheduler, network, call, sample, time)
+                predict = _prediction(self.scheduler, network, call, sample, first)
                 noises = [
                     randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
                     for _ in range(noise_samples)
@@ -132,7 +144,7 @@ class MinorityGuidancePipeline(DiffusionPipeline):
                 return self.base(*args, generator=generator, **kwargs)
             finally:
                 self.base.scheduler = own
-                self.scheduler.set_guide(None)
+                self.scheduler.set_guide(guided_before)
 
 
 def self_guidance(
@@ -197,8 +209,8 @@ def _recorded(network: torch.nn.Module) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def _checkpointed(network: Any, wanted: bool) -> Iterator[None]:
-    """Recompute activations, for as long as the context lasts."""
+def checkpointed(network: Any, wanted: bool) -> Iterator[None]:
+    """Recompute activations in the backward pass if that is wanted, for as long as the context lasts."""
     had = not wanted or network.is_gradient_checkpointing
     if not had:
         network.enable_gradient_checkpointing()
@@ -209,31 +221,52 @@ def _checkpointed(network: Any, wanted: bool) -> Iterator[None]:
             network.disable_gradient_checkpointing()
 
 
-def _prediction(
-    scheduler: Any, network: Any, call: dict[str, Any], sample: Tensor, time: int
-) -> Callable[[Tensor, int], Tensor]:
-    """Call the network on other samples, as the pipeline called it last: of several branches the conditional one."""
+def _conditional(pipe: Any, call: dict[str, Any], batch: int) -> int:
+    """Where in the denoiser's last batch the samples stand that are told the prompt."""
+    whole, network = len(_given(call)), type(_denoiser(pipe)).__name__
+    if whole == batch:
+        return 0
+    if "InstructPix2Pix" in type(pipe).__name__:  # prompt and picture, picture alone, neither
+        return 0
+    if whole == 2 * batch:
+        return 0 if network.startswith("DiT") else batch
+    raise ValueError(
+        f"{type(pipe).__name__} asks its denoiser for {whole} predictions of {batch} samples, and which of them to"
+        " guide by is known only where there is one with the prompt and at most one without."
+    )
+
+
+def _given(call: dict[str, Any]) -> Tensor:
+    """What the denoiser was last given."""
     args, kwargs = call["args"], call["kwargs"]
-    names = ("sample", "hidden_states")
-    given = args[0] if args else next(kwargs[name] for name in names if name in kwargs)
+    found: Tensor = args[0] if args else next(kwargs[name] for name in SAMPLES if name in kwargs)
+    return found
+
+
+def _prediction(
+    scheduler: Any, network: Any, call: dict[str, Any], sample: Tensor, first: int
+) -> Callable[[Tensor, int], Tensor]:
+    """Call the network on other samples, as the pipeline called it last for those that begin at a place."""
+    args, kwargs, given = call["args"], call["kwargs"], _given(call)
     batch, whole = len(sample), len(given)
-    first = 0 if type(network).__name__.startswith("DiT") else whole - batch  # where the conditional branch stands
 
     def part(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.ndim > 0 and len(value) == whole:
-            return value[first : first + batch]
+        if isinstance(value, Tensor):
+            some = value[first : first + batch] if value.ndim > 0 and len(value) == whole else value
+            return some.clone() if some.is_inference() else some  # made where autograd can't keep it
         if isinstance(value, Mapping):
             return {name: part(one) for name, one in value.items()}
         if isinstance(value, list | tuple):
             return type(value)(part(one) for one in value)
         return value
 
-    more, told = [part(one) for one in args[1:]], {name: part(one) for name, one in kwargs.items()}
-    beside = part(given)[:, sample.shape[1] :]  # a mask and the masked picture, of networks that fill holes
+    with torch.inference_mode(False):
+        more, told = [part(one) for one in args[1:]], {name: part(one) for name, one in kwargs.items()}
+        beside = part(given)[:, sample.shape[1] :]  # a mask and the masked picture, of networks that fill holes
 
     def predict(x: Tensor, t: int) -> Tensor:
         seen = torch.cat([x.to(given.dtype), beside], dim=1)
-        moved = {name: seen if value is not None and name in names else value for name, value in told.items()}
+        moved = {name: seen if value is not None and name in SAMPLES else value for name, value in told.items()}
         rest = list(more)
         if "timestep" in moved:
             moved["timestep"] = _at(moved["timestep"], t)

@@ -157,11 +157,17 @@ class MinorityGuidanceScheduler(CarriedStateMixin, SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in [`ConfigMixin`], but raises a ValueError for a flow-matching or EDM config: no betas, no DDPM."""
+        """As in [`ConfigMixin`]; `clip_sample` is off, if the other scheduler has no such setting: it clips nothing.
+
+        Raises:
+            ValueError: For a flow-matching or EDM config: no betas, no DDPM.
+        """
         config = settings_for(cls, config)
         require_betas(cls, config)
         if isinstance(config, Mapping) and config.get("variance_type", "") is None:  # of solvers that have none
             config = {key: value for key, value in config.items() if key != "variance_type"}
+        if isinstance(config, Mapping) and "beta_start" in config:
+            config = {"clip_sample": False, **config}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     # What a run works with
@@ -174,10 +180,19 @@ class MinorityGuidanceScheduler(CarriedStateMixin, SchedulerMixin, ConfigMixin):
                 does and times `(batch,)`, and gives logits `(batch, classes)`; differentiable.
             labels (`int`, or one for each sample, *optional*): The classes. None is the last one: of a classifier of
                 the minority score, the rarest samples.
+
+        Raises:
+            ValueError: If a label is no whole number from 0.
         """
         self._guide = None
+        asked = checked_labels(labels)
         if classifier is not None:
-            self._guide = lambda sample, time: class_gradient(classifier, sample, time, labels)
+            self._guide = lambda sample, time: class_gradient(classifier, sample, time, asked)
+
+    @property
+    def guide(self) -> Guide | None:
+        """What guides: a classifier's gradient, or what `set_guide` was given."""
+        return self._guide
 
     def set_guide(self, guide: Guide | None) -> None:
         """Give what guides in the place of a classifier; it holds until it is replaced.
@@ -227,7 +242,12 @@ class MinorityGuidanceScheduler(CarriedStateMixin, SchedulerMixin, ConfigMixin):
         self._start(times, device)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """Return the sample as it is: these models take it unscaled."""
+        """Return the sample as it is: these models take it unscaled.
+
+        Raises:
+            ValueError: If nothing guides though `guidance_scale` is above 0: pipelines learn it before the first step.
+        """
+        self._require_guide()
         return sample
 
     def earlier_time(self, ratio: float) -> int:
@@ -358,6 +378,15 @@ class MinorityGuidanceScheduler(CarriedStateMixin, SchedulerMixin, ConfigMixin):
 
     def _gradient(self, sample: Tensor, time: int) -> Tensor | None:
         """What a step is steered by, s g, in the dtype of states; None if nothing guides."""
+        scale, guide = self.config.guidance_scale, self._require_guide()
+        gradient = None if guide is None else guide(sample, time)
+        if gradient is None:
+            return None
+        require_like(sample, gradient=gradient)
+        return scale * gradient.to(state_dtype(sample.device))
+
+    def _require_guide(self) -> Guide | None:
+        """What guides, or None without guidance; a ValueError if it is missing."""
         scale = self.config.guidance_scale
         if scale == 0:
             return None
@@ -366,11 +395,7 @@ class MinorityGuidanceScheduler(CarriedStateMixin, SchedulerMixin, ConfigMixin):
                 f"`guidance_scale` is {scale}, but there is no classifier: call `set_classifier`, use"
                 " MinorityGuidancePipeline, or set `guidance_scale=0` (Boost-and-Skip needs no classifier)."
             )
-        gradient = self._guide(sample, time)
-        if gradient is None:
-            return None
-        require_like(sample, gradient=gradient)
-        return scale * gradient.to(state_dtype(sample.device))
+        return self._guide
 
     # Training
 
@@ -415,14 +440,32 @@ def class_gradient(classifier: Classifier, sample: Tensor, time: int, labels: La
         logits = classifier(x, torch.full((len(x),), time, device=x.device))
         if logits.ndim != 2 or len(logits) != len(x):
             raise ValueError(f"The classifier must give logits ({len(x)}, classes), got {tuple(logits.shape)}.")
-        classes = logits.shape[1]
-        asked = torch.as_tensor(classes - 1 if labels is None else labels, device=x.device).reshape(-1)
+        classes, asked = logits.shape[1], checked_labels(labels)
+        asked = torch.tensor([classes - 1]) if asked is None else asked
         if len(asked) not in (1, len(x)):
             raise ValueError(f"`labels` must be one, or one for each of {len(x)} samples, got {len(asked)}.")
-        if asked.device.type == "cpu" and bool(((asked < 0) | (asked >= classes)).any()):
+        if int(asked.max()) >= classes:
             raise ValueError(f"`labels` must lie in [0, {classes - 1}], got {asked.tolist()}.")
-        chosen = logits.log_softmax(dim=1).gather(1, asked.expand(len(x)).long().unsqueeze(1))
+        asked = asked.to(x.device, non_blocking=True)
+        chosen = logits.log_softmax(dim=1).gather(1, asked.expand(len(x)).unsqueeze(1))
         return torch.autograd.grad(chosen.sum(), x)[0]
+
+
+def checked_labels(labels: Labels) -> Tensor | None:
+    """Give classes as whole numbers `(n,)` on the CPU, where they can be looked at without waiting; None is None.
+
+    Raises:
+        ValueError: If there are none, or one is no whole number from 0.
+    """
+    if labels is None:
+        return None
+    try:
+        asked = torch.as_tensor(labels).reshape(-1).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        asked = torch.empty(0)
+    if not len(asked) or asked.is_floating_point() or asked.is_complex() or int(asked.min()) < 0:
+        raise ValueError(f"`labels` must be whole numbers from 0, one or one for each sample, got {labels!r}.")
+    return asked.long()
 
 
 def _posterior_mean(x: Tensor, clean: Tensor, now: float, then: float) -> Tensor:

@@ -18,6 +18,7 @@ setting.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,7 @@ from torch import nn
 from sfumato import storage
 from sfumato.families import Family
 from sfumato.guidance.card import CLASSIFIER
-from sfumato.guidance.job import SCORES_FILE, Materials, main
+from sfumato.guidance.job import PARTS_FOLDER, SCORES_FILE, Materials, main
 from sfumato.guidance.networks import NetworkConfig, make_classifier
 from sfumato.guidance.pictures import Captioned
 from sfumato.minority import minority_labels, minority_scores, minority_thresholds
@@ -132,6 +133,8 @@ class Minority:
         time = self.settings.timestep
         if time is not None and time >= family.num_train_timesteps:
             raise ValueError(f"`timestep` must be below the model's {family.num_train_timesteps} times, got {time}.")
+        if self.settings.distance is not None:
+            find_distance(self.settings.distance)  # says what is missing before pictures are encoded
 
     def network(self, family: Family, config: NetworkConfig) -> Any:
         """Make a network for the model's latents."""
@@ -184,7 +187,7 @@ class Minority:
 
 
 def score_pictures(settings: MinorityConfig, materials: Materials) -> torch.Tensor:
-    """Score pictures; the processes share the work, and what an earlier start of the run has scored is kept.
+    """Score pictures; the processes share the work, and parts that an earlier start of the run has scored are kept.
 
     Args:
         settings: How.
@@ -196,6 +199,7 @@ def score_pictures(settings: MinorityConfig, materials: Materials) -> torch.Tens
     family, accelerator, count = materials.family, materials.accelerator, len(materials.examples)
     how = {"timestep": settings.timestep, "repeats": settings.repeats, "distance": settings.distance}
     key, file = {**materials.facts, **how, "seed": materials.seed}, materials.folder / SCORES_FILE
+    parts = materials.folder / PARTS_FOLDER
     stored = storage.load_tensors_of(file, key)
     accelerator.wait_for_everyone()  # none writes before all have looked
     if stored is not None:
@@ -205,16 +209,23 @@ def score_pictures(settings: MinorityConfig, materials: Materials) -> torch.Tens
     starts = range(0, count, AT_ONCE)[accelerator.process_index :: accelerator.num_processes]
     for start in Track(starts, "minority scores", shown=accelerator.is_main_process):
         some = range(start, min(start + AT_ONCE, count))
-        scores[start : some.stop] = minority_scores(
-            family.pipe, materials.pictures.take(some), materials.pictures.captions[start : some.stop],
-            timestep=settings.timestep, repeats=settings.repeats, distance=distance, seed=materials.seed,
-            batch_size=settings.score_batch_size, first=start, progress=False,
-        ).to(scores)  # fmt: skip
-    found: torch.Tensor = accelerator.reduce(scores, "sum").cpu()  # each process has filled in its own
+        part, part_key = parts / f"{start}.safetensors", {**key, "first": start, "behind": some.stop}
+        kept = storage.load_tensors_of(part, part_key)
+        if kept is None:
+            found = minority_scores(
+                family.pipe, materials.pictures.take(some), materials.pictures.captions[start : some.stop],
+                timestep=settings.timestep, repeats=settings.repeats, distance=distance, seed=materials.seed,
+                batch_size=settings.score_batch_size, first=start, progress=False,
+            )  # fmt: skip
+            kept = {"scores": found}
+            storage.save_tensors(part, kept, {"key": part_key})
+        scores[start : some.stop] = kept["scores"].to(scores)
+    whole: torch.Tensor = accelerator.reduce(scores, "sum").cpu()  # each process has filled in its own
     if accelerator.is_main_process:
-        storage.save_tensors(file, {"scores": found}, {"key": key})
+        storage.save_tensors(file, {"scores": whole}, {"key": key})
+        shutil.rmtree(parts)
     accelerator.wait_for_everyone()
-    return found
+    return whole
 
 
 def stratified(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,8 @@ that a model has seen few of is made into another by noise and denoising in one 
 
 with the clean picture that the model predicts at one time t, clipped to what pictures are. d is LPIPS (by VGG) in the
 paper; here the L2 norm of the difference in [-1, 1], or any distance that is named. The released program (commit
-e7e69bd) counts t in a chain of 100 times: its 60 is 605 of 1,000, the default here, and five noises are drawn.
+e7e69bd) counts t in a chain of 100 times: its 60 is 605 of 1,000, the default here, and five noises are drawn. Of a
+model with an autoencoder what that loses of the picture is a part of the score, the same at every t.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ samples, where theirs is DDIM; the token is never in the tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from sfumato.families import Conditioning, StableDiffusion, family_of
+from sfumato.pipelines.pipeline_minority_guidance import checkpointed
 from sfumato.settings import check_ranges, check_types
 from sfumato.unlearning.embedding_attack import frozen, insert_embeddings, insert_words, room_for
 
@@ -76,10 +77,11 @@ def draw_minority(
     prompt: str | Sequence[str],
     config: MinorityPromptConfig | None = None,
     *,
-    negative_prompt: str = "",
+    negative_prompt: str | Sequence[str] | None = None,
     num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
     generator: Generators = None,
+    gradient_checkpointing: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Draw rare pictures of prompts with Stable Diffusion 1, 2 or XL, at its native size.
@@ -88,17 +90,19 @@ def draw_minority(
         pipe: The pipeline; its weights are not changed.
         prompt: One, or ``B`` of them; one picture each.
         config: How the token is learnt.
-        negative_prompt: As the pipeline takes it.
-        num_inference_steps: Likewise.
+        negative_prompt: One for all, or one for each prompt.
+        num_inference_steps: As the pipeline takes it.
         guidance_scale: Likewise.
         generator: Seeds the initial noise, that of the learning and the sampler's; a list of ``B`` seeds each alone.
-        **kwargs: What else the pipeline takes; no latents, embeddings or callbacks.
+        gradient_checkpointing: Recompute the denoiser's activations in the backward pass, to take less memory.
+        **kwargs: What else the pipeline takes, but for `TAKEN`.
 
     Returns:
         What the pipeline returns.
 
     Raises:
-        ValueError: If the model is of another family, there is no prompt, no room behind one, or the start is no word.
+        ValueError: If the model is of another family, there is no prompt, no room behind one, the start is no word, or
+            an argument is given that this makes itself.
     """
     config, family = config or MinorityPromptConfig(), family_of(pipe)
     if not isinstance(family, StableDiffusion):
@@ -106,14 +110,19 @@ def draw_minority(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise ValueError("`prompt` is empty: name at least one.")
-    with frozen(*family.parts.values()):
+    said = negative_prompt or ""
+    negatives = [said] if isinstance(said, str) else list(said)
+    if len(negatives) not in (1, len(prompts)):
+        raise ValueError(f"`negative_prompt` must be one, or one for each of {len(prompts)}, got {len(negatives)}.")
+    _refuse_taken(family, kwargs)
+    with frozen(*family.parts.values()), checkpointed(family.denoiser, gradient_checkpointing):
         run = _Run(family, pipe.scheduler, prompts, config, generator)
         latents = randn_tensor(
             (len(prompts), *family.latent_shape), generator=generator, device=family.device, dtype=family.dtype
         )
         pipe.scheduler.set_timesteps(num_inference_steps, device=family.device)
         told = run.before(0, latents * pipe.scheduler.init_noise_sigma)
-        without = family.encode_prompts([negative_prompt] * len(prompts))
+        without = family.encode_prompts(negatives * (len(prompts) if len(negatives) == 1 else 1))
         named = {name: argument for name, argument in ARGUMENTS.items() if name in told}
         embedded = {argument: told[name].to(family.dtype) for name, argument in named.items()}
         embedded |= {f"negative_{argument}": without[name].to(family.dtype) for name, argument in named.items()}
@@ -124,9 +133,27 @@ def draw_minority(
         )  # fmt: skip
 
 
+TAKEN = (
+    "timesteps", "sigmas", "latents", "prompt_2", "negative_prompt_2",
+    "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
+    "callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback", "callback_steps",
+)  # fmt: skip
+"""Arguments of pipelines that `draw_minority` does not take; nor other sizes, and more than one picture a prompt."""
 ARGUMENTS = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
 LOOPED = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "add_text_embeds"}
 """What the pipelines call a family's conditioning, as arguments and within their loop."""
+
+
+def _refuse_taken(family: StableDiffusion, given: Mapping[str, Any]) -> None:
+    height, width = family.image_size
+    usual = {"num_images_per_prompt": 1, "height": height, "width": width}
+    taken = [name for name in TAKEN if given.get(name) is not None]
+    taken += [name for name, value in usual.items() if given.get(name) not in (None, value)]
+    if taken:
+        raise ValueError(
+            f"`{taken[0]}` is no argument here: one picture of each prompt is drawn, of the native size, at the"
+            " scheduler's own times, from latents and embeddings that are made here."
+        )
 
 
 class _Run:

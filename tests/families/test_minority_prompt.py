@@ -150,3 +150,43 @@ def test_what_does_not_fit_is_refused(pipe, kind):
     for name in ("perturb_ratio", "stop_ratio"):
         with pytest.raises(ValueError, match=name):
             MinorityPromptConfig(**{name: 1.5})
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_negative_prompts_are_one_for_all_or_one_each(pipe, kind, monkeypatch):
+    told, config = [], MinorityPromptConfig(**FEW)
+    pipe.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: told.append(kwargs.get("encoder_hidden_states", args[-1]).detach()), with_kwargs=True
+    )
+
+    def without(negative):
+        told.clear()
+        draw(pipe, ["a photo of a bag", "a photo of a coat"], config, negative_prompt=negative)
+        return next(states for states in told if len(states) == 4)[:2]
+
+    each, same = without(["dog", "cat"]), without("dog")
+    assert torch.equal(each[0], same[0]) and torch.equal(same[0], same[1]) and not torch.equal(each[1], same[1])
+    assert torch.equal(without(None), without("")) and torch.equal(without(("dog", "cat")), each)
+    with pytest.raises(ValueError, match="one for each of 2, got 3"):
+        without(["dog"] * 3)
+
+
+@pytest.mark.parametrize("kind", ["sd"])
+def test_less_memory_gives_the_same_pictures(pipe, kind):
+    pictures = [draw(pipe, config=MinorityPromptConfig(**FEW), gradient_checkpointing=less) for less in (False, True)]
+    assert torch.allclose(*pictures, atol=1e-5) and not pipe.unet.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("kind", ["sd"])
+@pytest.mark.parametrize(
+    "taken",
+    [
+        {"num_images_per_prompt": 2}, {"height": 32}, {"timesteps": [900, 500]}, {"latents": torch.zeros(1, 4, 8, 8)},
+        {"callback_on_step_end": print},
+    ],
+    ids=lambda taken: next(iter(taken)),
+)  # fmt: skip
+def test_what_it_makes_itself_is_refused_as_an_argument(pipe, kind, taken):
+    with pytest.raises(ValueError, match=f"`{next(iter(taken))}` is no argument here: one picture of each prompt"):
+        draw(pipe, **taken)
+    assert draw(pipe, height=pipe.unet.config.sample_size * pipe.vae_scale_factor, num_images_per_prompt=1) is not None

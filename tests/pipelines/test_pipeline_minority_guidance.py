@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionInstructPix2PixPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from PIL import Image
 
 import sfumato
 from sfumato.pipelines.pipeline_minority_guidance import MinorityGuidancePipeline, self_guidance
@@ -166,6 +174,72 @@ def test_classes_are_guided_too():
     call = {"class_labels": [1, 7], "guidance_scale": 2.0, "guide_every": 2}
     pictures = [draw(guided(pipe, scale), **call) for scale in (0.0, 3.0)]
     assert pictures[0].shape == (2, 16, 16, 1) and not np.array_equal(*pictures)
+
+
+def test_inference_mode_changes_nothing():
+    atelier = sfumato.load("atelier")
+    atelier.set_progress_bar_config(disable=True)
+    pipe = guided(atelier, 1.0, clip_sample=False)
+    expected = draw(pipe, "a photo of a red bag", guide_every=2)
+    with torch.inference_mode():
+        assert np.array_equal(draw(pipe, "a photo of a red bag", guide_every=2), expected)
+
+
+def test_a_classifier_that_the_scheduler_had_guides_again_afterwards(pixel):
+    pipe = guided(pixel, 1.0)
+    pipe.scheduler.set_classifier(lambda x, t: x.flatten(1))
+    own = pipe.scheduler.guide
+    draw(pipe, batch_size=1)
+    assert pipe.scheduler.guide is own
+
+
+def edited(atelier):
+    """InstructPix2Pix with atelier's parts, and a denoiser that is told the latents of a picture."""
+    torch.manual_seed(0)
+    config = {**atelier.unet.config, "in_channels": 8}
+    return StableDiffusionInstructPix2PixPipeline(
+        atelier.vae, atelier.text_encoder, atelier.tokenizer, UNet2DConditionModel.from_config(config),
+        atelier.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def test_of_three_branches_that_of_prompt_and_picture_guides():
+    atelier = sfumato.load("atelier")
+    pipe, seen = edited(atelier), []
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args[0].detach(), kwargs["encoder_hidden_states"])), with_kwargs=True
+    )
+    draw(
+        guided(pipe, 1.0, clip_sample=False), "a photo of a red bag", image=Image.new("RGB", (32, 32), "blue"),
+        guidance_scale=3.0, guide_every=1, num_inference_steps=2,
+    )  # fmt: skip
+    asked, once = seen[0], seen[1]
+    assert [len(x) for x, _ in seen[:3]] == [3, 1, 1]
+    assert torch.equal(once[1][0], asked[1][0]) and not torch.equal(asked[1][0], asked[1][1])
+    assert torch.equal(once[0], asked[0][:1]) and not torch.equal(asked[0][0], asked[0][2])  # which has no picture
+
+
+class Asking(DDPMPipeline):
+    """Asks for three predictions of each sample, of unknown meaning."""
+
+    def __call__(self, generator=None, **kwargs):
+        self.scheduler.set_timesteps(2)
+        x = torch.zeros(1, 3, 8, 8)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(self.unet(torch.cat([x] * 3), t).sample[:1], t, x).prev_sample
+
+
+class PAGPipeline(DDPMPipeline):
+    """Stands for those of diffusers."""
+
+
+def test_branches_of_unknown_meaning_are_refused(pixel):
+    own = pixel.scheduler
+    with pytest.raises(ValueError, match="asks its denoiser for 3 predictions of 1 samples"):
+        guided(Asking(pixel.unet, own), 1.0)(guide_every=2)
+    with pytest.raises(ValueError, match="use the pipeline without PAG"):
+        guided(PAGPipeline(pixel.unet, own), 1.0)
 
 
 def test_it_moves_and_is_saved_with_the_pipeline_that_draws(pixel, tmp_path):

@@ -255,13 +255,44 @@ def test_more_steps_than_there_are_can_not_be_skipped():
 def test_a_missing_classifier_is_said_before_anything_is_drawn():
     scheduler, x = make(), GOLDEN["x0"]
     scheduler.set_timesteps(3)
-    with pytest.raises(ValueError, match="there is no classifier: call `set_classifier`"):
-        scheduler.step(x, scheduler.timesteps[0], x)
+    for begin in (scheduler.scale_model_input, lambda x, t: scheduler.step(x, t, x)):
+        with pytest.raises(ValueError, match="there is no classifier: call `set_classifier`"):
+            begin(x, scheduler.timesteps[0])
+    assert make(guidance_scale=0.0).scale_model_input(x) is x
+
+
+@pytest.mark.parametrize("labels", [2.5, "a", -1, [1, -2], [], torch.tensor([0.5]), [[1], [2, 3]]], ids=str)
+def test_labels_that_are_none_are_refused_at_once(labels):
+    with pytest.raises(ValueError, match="`labels` must be whole numbers from 0"):
+        make().set_classifier(classifier, labels)
+
+
+def test_what_guides_can_be_read_and_put_back():
+    scheduler = make()
+    scheduler.set_classifier(classifier)
+    own = scheduler.guide
+    scheduler.set_guide(None)
+    assert scheduler.guide is None
+    scheduler.set_guide(own)
+    assert torch.equal(scheduler.guide(GOLDEN["x0"], 5), class_gradient(classifier, GOLDEN["x0"], 5, None))
+
+
+def test_from_schedulers_that_never_clip_it_does_not_either():
+    """Latents of Stable Diffusion would be ruined."""
+    for stock in (
+        diffusers.PNDMScheduler(),
+        diffusers.EulerDiscreteScheduler(),
+        diffusers.DPMSolverMultistepScheduler(),
+    ):
+        assert not MinorityGuidanceScheduler.from_config(stock.config).config.clip_sample
+        assert MinorityGuidanceScheduler.from_config(stock.config, clip_sample=True).config.clip_sample
+    assert MinorityGuidanceScheduler.from_config(DDPMScheduler().config).config.clip_sample
+    assert not MinorityGuidanceScheduler.from_config(DDIMScheduler(clip_sample=False).config).config.clip_sample
 
 
 @pytest.mark.parametrize(
     ("labels", "said"),
-    [(10, r"must lie in \[0, 9\], got \[10\]"), (-1, "must lie in"), ([1, 2], "one for each of 4 samples, got 2")],
+    [(10, r"must lie in \[0, 9\], got \[10\]"), ([1, 2], "one for each of 4 samples, got 2")],
     ids=str,
 )
 def test_labels_that_do_not_fit_are_refused(labels, said):

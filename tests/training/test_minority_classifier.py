@@ -107,6 +107,35 @@ def test_scores_are_those_of_the_whole_and_are_kept(materials, monkeypatch):
         score_pictures(MinorityConfig(classes=4, repeats=3), materials)
 
 
+def test_parts_that_were_scored_before_a_run_was_cut_short_are_kept(materials, monkeypatch):
+    config, calls, real = MinorityConfig(classes=4, repeats=1), [], minority_scores
+    monkeypatch.setattr(minority_classifier, "AT_ONCE", 16)
+
+    def stopping(*args, first, **kwargs):
+        if first == 32 and not calls.count(32):
+            calls.append(first)
+            raise KeyboardInterrupt
+        calls.append(first)
+        return real(*args, first=first, **kwargs)
+
+    monkeypatch.setattr(minority_classifier, "minority_scores", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        score_pictures(config, materials)
+    found = score_pictures(config, materials)
+    assert calls == [0, 16, 32, 32]  # the first two once
+    whole = real(
+        materials.family.pipe, materials.pictures.take(range(40)), materials.pictures.captions, repeats=1,
+        progress=False,
+    )  # fmt: skip
+    assert torch.allclose(found, whole, rtol=1e-4)
+    assert [entry.name for entry in materials.folder.iterdir()] == ["scores.safetensors"]
+
+
+def test_a_distance_that_is_not_there_is_said_before_pictures_are_encoded(materials):
+    with pytest.raises(ValueError, match="alex, vgg and squeeze, got 'vg'"):
+        Minority(MinorityConfig(classes=4, distance="lpips:vg")).check(materials.family, materials.pictures)
+
+
 def test_held_out_pictures_are_not_learned_from_and_are_what_is_measured(materials):
     method = Minority(MinorityConfig(classes=4, repeats=1, held_out=0.3))
     objective = method.objective(materials)

@@ -30,10 +30,11 @@ from sfumato.settings import check_ranges, check_types
 from sfumato.trainer import Objective, TrainingConfig, make_accelerator, preflight, train
 from sfumato.unlearning.examples import Examples, encode_pictures
 
-__all__ = ["SCORES_FILE", "JobConfig", "Materials", "Method", "main", "train_guidance"]
+__all__ = ["PARTS_FOLDER", "SCORES_FILE", "JobConfig", "Materials", "Method", "main", "train_guidance"]
 
 SCORES_FILE = "scores.safetensors"
-OWN_FILES = storage.JOB_FILES | {SCORES_FILE}
+PARTS_FOLDER = "scores"
+OWN_FILES = storage.JOB_FILES | {SCORES_FILE, PARTS_FOLDER}
 ENCODED = 64  # pictures at a time
 
 
