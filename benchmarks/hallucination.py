@@ -77,7 +77,7 @@ class HallucinationConfig:
     experiments: str = "line,grid,shapes"
     steps: int = 30000
     batch_size: int = 512
-    samples: int = 10000
+    samples: int = 100000
     shape_steps: int = 3000
     shape_batch_size: int = 64
     shape_samples: int = 2000
