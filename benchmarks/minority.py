@@ -69,6 +69,7 @@ class MinorityConfig:
         boost: Deviation of the initial noise of Boost-and-Skip.
         skip_steps: Steps that it leaves out.
         word_stop_ratio: The word of MinorityPrompt is learnt above this share of the times.
+        word_start: What it is learnt from: ``"gaussian"``, or a word.
         classifier: Folder of a classifier; None takes the embedded one.
         batch_size: Pictures at a time.
         seed: Of everything.
@@ -87,7 +88,8 @@ class MinorityConfig:
     self_every: int = 5
     boost: float | None = None
     skip_steps: int | None = None
-    word_stop_ratio: float = 0.5
+    word_stop_ratio: float = 0.9
+    word_start: str = "photo"
     classifier: str | None = None
     batch_size: int = 48
     seed: int = 0
@@ -162,7 +164,7 @@ def by_itself(pipe: Any, config: MinorityConfig) -> Draw:
 def by_word(pipe: Any, config: MinorityConfig) -> Draw:
     """MinorityPrompt, with the same sampler."""
     own = scheduled(pipe, guidance_scale=0.0)
-    learning = MinorityPromptConfig(stop_ratio=config.word_stop_ratio)
+    learning = MinorityPromptConfig(stop_ratio=config.word_stop_ratio, start=config.word_start)
 
     def draw(garments: Sequence[int], call: Call) -> torch.Tensor:
         with using(pipe, own):
@@ -181,6 +183,11 @@ METHODS: dict[str, Callable[[Any, MinorityConfig], Draw]] = {
     ),
     "word": by_word,
 }
+OWN_SETTINGS = {
+    "plain": (), "classifier": ("classifier", "classifier_scale"), "self": ("self_scale", "self_every"),
+    "boost": ("boost", "skip_steps"), "word": ("word_stop_ratio", "word_start"),
+}  # fmt: skip
+"""What a method's pictures depend on, besides what all depend on."""
 LABELS = {
     "real": "real test pictures", "plain": "plain sampling", "classifier": "minority guidance, classifier",
     "self": "self-guidance", "boost": "Boost-and-Skip", "word": "MinorityPrompt",
@@ -236,10 +243,8 @@ class Sight:
 
 def drawn(name: str, pipe: Any, config: MinorityConfig) -> tuple[torch.Tensor, float]:
     """All pictures of a method, and the seconds that one took; drawn at most once."""
-    told = asdict(config)
-    key = {"method": name} | {
-        setting: told[setting] for setting in told.keys() - {"output", "methods", "real", "data_dir"}
-    }
+    shared = ("model", "pictures", "steps", "guidance_scale", "batch_size", "seed")
+    key = {"method": name} | {setting: getattr(config, setting) for setting in (*shared, *OWN_SETTINGS[name])}
     file = Path(config.output) / f"minority-{config.model}-{name}.safetensors"
     kept = storage.load_tensors_of(file, key)
     if kept is not None:
