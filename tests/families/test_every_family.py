@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 
+import sfumato
 from sfumato.families import TextFamily, family_of
 from sfumato.families.process import Flow
 from sfumato.randomness import generator_for
@@ -77,6 +78,17 @@ def test_levels_are_those_of_the_scheduler(kind, pipe, family):
         assert torch.allclose(noisy, alphas.sqrt() * latents + (1 - alphas).sqrt() * noise, atol=1e-5)
     clean, again = family.split(family.target(latents, noise, times), noisy, times)
     assert torch.allclose(clean, latents, atol=1e-3) and torch.allclose(again, noise, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["BDIAScheduler", "BELMScheduler", "EDICTScheduler", "FixedPointScheduler"])
+def test_a_sampler_of_ours_in_the_pipeline_leaves_the_process_as_it_is(name, pipe, family):
+    swapped = copy.copy(pipe)
+    swapped.register_modules(scheduler=getattr(sfumato, name).from_config(pipe.scheduler.config))
+    process, times = family_of(swapped).process, torch.arange(family.process.levels)
+    assert process.levels == family.process.levels and process.prediction_type == family.process.prediction_type
+    for ours, stock in zip(process.scales(times), family.process.scales(times), strict=True):
+        assert torch.allclose(ours, stock, atol=1e-6)
+    assert torch.equal(process.inference_timesteps(5), family.process.inference_timesteps(5))
 
 
 def test_pictures_go_to_latents_and_back(family):

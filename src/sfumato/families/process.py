@@ -181,14 +181,16 @@ def process_of(scheduler: Any, tokens: int, *, flow: bool, label: str) -> Proces
         ValueError: If the scheduler is of the other kind.
     """
     name, config = type(scheduler).__name__, scheduler.config
+    # sfumato's own have every process's settings and say which holds; of stock ones only flows have these
+    of_flows = config["process"] == "flow" if "process" in config else "shift" in config
     if flow:
-        if "shift" not in config:
+        if not of_flows:
             raise ValueError(
                 f"{name} is no flow-matching scheduler, {label} needs one; set pipe.scheduler = "
                 "FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder='scheduler')."
             )
         return Flow(scheduler, tokens)
-    if "shift" in config or not hasattr(scheduler, "alphas_cumprod"):
+    if of_flows or getattr(scheduler, "alphas_cumprod", None) is None:
         raise ValueError(
             f"{name} has no betas (a flow-matching scheduler or EDM's), {label} needs them; set pipe.scheduler = "
             "DDIMScheduler.from_pretrained(model, subfolder='scheduler')."
