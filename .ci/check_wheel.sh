@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Usage: .ci/check_wheel.sh PYTHON, where PYTHON has `build` and `mypy`.
 # Builds the sdist and, from it, the wheel; installs the wheel alone into a bare environment; then checks that nothing is
-# missing from it, that all of it imports with the declared dependencies, and that a type checker sees its types.
+# missing from it, that all of it imports with the declared dependencies, that a model loses a concept there, that the
+# same holds for the sdist, and that a type checker sees its types.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
@@ -64,6 +65,34 @@ for name in modules:
 print(f"{len(modules)} modules import: {' '.join(modules)}")
 sys.exit(failed)
 PY
+
+erase() { # what a new user does first, with the command and the call
+    "$scratch/bare/bin/sfumato" --version
+    "$bare" -I - <<'PY'
+import logging
+
+import sfumato
+from sfumato.loading import assets_folder
+
+logging.disable(logging.WARNING)
+pipe = sfumato.load("atelier")
+pipe.set_progress_bar_config(disable=True)
+pipe.scheduler = sfumato.BDIAScheduler.from_config(pipe.scheduler.config)
+erased = sfumato.unlearn(pipe, forget="sneaker", method="uce", verify=False)
+call = {"prompt": ["a photo of a red sneaker"] * 8, "num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "pt"}
+judge = sfumato.Judge.load(assets_folder() / "judge")
+before, after = ([word["garment"] for word in judge.describe(one(**call).images)] for one in (pipe, erased))
+print(f"sneakers before: {before.count('sneaker')} of 8, after: {after.count('sneaker')}")
+assert before.count("sneaker") >= 6 and after.count("sneaker") <= 1
+PY
+}
+
+echo "Erasing a concept with the wheel"
+erase
+echo "Erasing a concept with the sdist"
+"$bare" -m pip uninstall --quiet --yes sfumato
+"$bare" -m pip install --quiet --disable-pip-version-check --no-deps "$root"/dist/*.tar.gz
+erase
 
 echo "Type-checking the package and a consumer"
 cat >mypy.ini <<'INI'

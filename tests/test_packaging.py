@@ -11,7 +11,10 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+
+import sfumato
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -197,3 +200,23 @@ def test_help_answers_at_once_and_without_torch(tmp_path):
     assert "usage" in answer.stdout.lower()
     # Seconds of the CPU, not of the clock: the machine may be busy.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+
+
+def test_the_citation_and_the_changelog_name_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["version"] == sfumato.__version__ and citation["license"] == "Apache-2.0"
+    released = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released[0] == (sfumato.__version__, str(citation["date-released"]))
+
+
+@pytest.mark.parametrize("form", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda p: p.stem)
+def test_forms_for_issues_are_what_github_reads(form):
+    content = yaml.safe_load(form.read_text())
+    if form.stem == "config":
+        assert content == {"blank_issues_enabled": True}
+        return
+    assert content["name"] and content["description"]
+    fields = content["body"]
+    assert len({field["id"] for field in fields}) == len(fields)
+    assert all(field["type"] in ("input", "textarea") and field["attributes"]["label"] for field in fields)
