@@ -20,13 +20,13 @@ SMALL = {
     "discriminator_warmup": 2, "warmup_rounds": 1, "attack_steps": 2, "verify": False,
 }  # fmt: skip
 RUNS = {
-    "salun": ("salun", {"steps": 20}),
+    "salun": ("salun", {"steps": 8}),
     "salun-average": ("salun", {"mask_ratio": 1.0, "ema_decay": 0.9, "gradient_accumulation_steps": 2}),
     "salun-adapters": ("salun", {"mask_ratio": 1.0, "adapter_rank": 4}),
     "salun-decay": ("salun", {"optimizer": "adamw", "weight_decay": 0.5, "max_grad_norm": 1e-3}),
     "salun-resumed": ("salun", {}),
     "salun-zero-mask": ("salun", {"mask_ratio": 0.0, "optimizer": "adamw", "weight_decay": 0.5}),
-    "esd": ("esd", {"log_with": "tensorboard", "steps": 20}),
+    "esd": ("esd", {"log_with": "tensorboard", "steps": 8}),
     "esd-sgd": ("esd", {"optimizer": "sgd", "learning_rate": 1e-2}),
     "esd-trained": ("esd", {"trajectories": "trained", "refresh_every": 2}),
     "advunlearn": ("advunlearn", {}),
