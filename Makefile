@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 test test-all: export OMP_NUM_THREADS = 1
 
-.PHONY: help demo test test-all lint wheel clean
+.PHONY: help demo test test-all lint docs wheel clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -27,6 +27,9 @@ lint: $(VENV)/.test  ## Check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs  ## Build the documentation into build/docs/index.html; a warning is an error
+	$(BIN)/python -m sphinx -E -W --keep-going -q -d build/doctrees docs build/docs
+
 wheel: $(VENV)/.test  ## Build the distributions into dist/ and check the wheel in a bare environment
 	.ci/check_wheel.sh $(BIN)/python
 
@@ -42,6 +45,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 $(VENV)/.test: pyproject.toml constraints.txt
 	$(call install,test)
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt
+	$(call install,docs)
+	@touch $@
 
 define install
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

@@ -51,9 +51,9 @@ class BELMScheduler(TwoStepMixin, SchedulerMixin, ConfigMixin):
         timestep_spacing (`str`): `"leading"`, `"linspace"` or `"trailing"`, as in stock schedulers.
         rescale_betas_zero_snr (`bool`): Rescale the betas to A[T - 1] = 0 (arXiv 2305.08891).
         process (`str`): `"vp"` (betas), `"flow"` or `"edm"`; `from_config` tells it from a stock config.
-        shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len, shift_terminal,
-        use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, time_shift_type: As in stock
-            `FlowMatchEulerDiscreteScheduler`, for flows alone.
+        shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len, shift_terminal: As
+            in stock `FlowMatchEulerDiscreteScheduler`, for flows alone.
+        use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, time_shift_type: Likewise.
         sigma_min, sigma_max, sigma_data, sigma_schedule, rho: As in stock `EDMEulerScheduler`, for EDM alone.
         skip_steps (`int`): Leave out so many of the noisiest steps: `N - int(N * strength)` of them for a `strength`.
         inverse (`bool`): Walk from the clean end to the noise: hand a pipeline clean latents as `latents`.

@@ -49,9 +49,9 @@ class FixedPointScheduler(ReversibleMixin, SchedulerMixin, ConfigMixin):
         timestep_spacing (`str`): `"leading"`, `"linspace"` or `"trailing"`, as in stock schedulers.
         rescale_betas_zero_snr (`bool`): Rescale the betas to A[T - 1] = 0 (arXiv 2305.08891).
         process (`str`): `"vp"` (betas), `"flow"` or `"edm"`; `from_config` tells it from a stock config.
-        shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len, shift_terminal,
-        use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, time_shift_type: As in stock
-            `FlowMatchEulerDiscreteScheduler`, for flows alone.
+        shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len, shift_terminal: As
+            in stock `FlowMatchEulerDiscreteScheduler`, for flows alone.
+        use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, time_shift_type: Likewise.
         sigma_min, sigma_max, sigma_data, sigma_schedule, rho: As in stock `EDMEulerScheduler`, for EDM alone.
         skip_steps (`int`): Leave out so many of the noisiest steps: `N - int(N * strength)` of them for a `strength`.
         inverse (`bool`): Walk from the clean end to the noise: hand a pipeline clean latents as `latents`.
@@ -159,9 +159,9 @@ class FixedPointScheduler(ReversibleMixin, SchedulerMixin, ConfigMixin):
     def residual(self) -> Tensor | None:
         """How far the last two iterates y_K and y_(K-1) of each step of an inversion lay apart; None without a step.
 
-        `(steps, batch)`, float64, on the device of the samples: the largest |y_K - y_(K-1)| of each sample, before
-        averaging. It is a_t / a_s times the error with which one DDIM step from y_(K-1) comes back to x_s, and for
-        K = 1 the length of the step. Nothing is read back from the device before the caller does so.
+        `(steps, batch)`, float64, on the device of the samples: the largest ``|y_K - y_(K-1)|`` of each sample,
+        before averaging. It is a_t / a_s times the error with which one DDIM step from y_(K-1) comes back to x_s, and
+        for K = 1 the length of the step. Nothing is read back from the device before the caller does so.
         """
         return torch.stack(self._residuals) if self._residuals else None
 

@@ -54,7 +54,7 @@ class ResShiftSchedulerOutput(BaseOutput):
 class ResShiftScheduler(CarriedStateMixin, SchedulerMixin, ConfigMixin):
     """Residual shifting between a degraded and a clean picture (ResShift, arXiv 2307.12348 and 2403.07319).
 
-    It fits networks trained with it alone: no stock scheduler's config tells what it needs.
+    It fits networks trained with it alone, since no stock scheduler's config tells what it needs:
 
         scheduler.set_timesteps(15)
         x = scheduler.initial_sample(degraded, noise)     # (B, C, H, W) each, degraded at the size of the result
