@@ -48,6 +48,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
+highlight_language = "none"  # of what is indented in docstrings: equations and commands too
 pygments_style = "friendly"
 copybutton_exclude = ".linenos, .gp, .go"
 
