@@ -79,6 +79,7 @@ pipe = sfumato.load("atelier")
 pipe.set_progress_bar_config(disable=True)
 pipe.scheduler = sfumato.BDIAScheduler.from_config(pipe.scheduler.config)
 erased = sfumato.unlearn(pipe, forget="sneaker", method="uce", verify=False)
+erased.set_progress_bar_config(disable=True)
 call = {"prompt": ["a photo of a red sneaker"] * 8, "num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "pt"}
 judge = sfumato.Judge.load(assets_folder() / "judge")
 before, after = ([word["garment"] for word in judge.describe(one(**call).images)] for one in (pipe, erased))

@@ -251,8 +251,7 @@ def share(right: torch.Tensor) -> str:
     """Of those ``(N,)``, in percent, with a 95 % interval; a dash if there are none."""
     if not len(right):
         return "–"
-    found = wilson(int(right.sum()), len(right))
-    return f"{100 * found.value:.1f} % [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    return str(wilson(int(right.sum()), len(right)))
 
 
 def main(config: HallucinationConfig) -> None:

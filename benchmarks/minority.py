@@ -24,7 +24,7 @@ from sfumato import MinorityGuidancePipeline, MinorityGuidanceScheduler, atelier
 from sfumato.arguments import make_parser
 from sfumato.evaluation.judge import Judge
 from sfumato.evaluation.manifolds import compare_manifolds, local_outlier_factors, neighbour_distances
-from sfumato.evaluation.metrics import Estimate, wilson
+from sfumato.evaluation.metrics import wilson
 from sfumato.evaluation.report import label_rows, picture_grid
 from sfumato.families import class_names
 from sfumato.loading import assets_folder
@@ -261,22 +261,13 @@ def drawn(name: str, pipe: Any, config: MinorityConfig) -> tuple[torch.Tensor, f
     return pictures, seconds
 
 
-COLUMNS: dict[str, tuple[str, float, int, str]] = {  # heading, factor, digits, unit
-    "score": ("minority score", 1, 2, ""),
-    "distance": ("distance to real", 1, 2, ""),
-    "outlier": ("local outlier factor", 1, 3, ""),
-    "precision": ("among the real", 100, 1, " %"),
-    "asked": ("garment as asked", 100, 1, " %"),
+COLUMNS = {  # heading, and how its figures are written
+    "score": ("minority score", ".2f"),
+    "distance": ("distance to real", ".2f"),
+    "outlier": ("local outlier factor", ".3f"),
+    "precision": ("among the real", ""),
+    "asked": ("garment as asked", ""),
 }
-
-
-def cell(found: Estimate | None, column: str) -> str:
-    """A figure and its interval."""
-    if found is None:
-        return ""
-    _, factor, digits, unit = COLUMNS[column]
-    value, low, high = (f"{factor * part:.{digits}f}" for part in (found.value, found.low, found.high))
-    return f"{value}{unit} [{low}, {high}]"
 
 
 def main(config: MinorityConfig) -> None:
@@ -293,9 +284,9 @@ def main(config: MinorityConfig) -> None:
         pictures, seconds = drawn(name, pipe, config)
         found[name] = sight.measure(pictures, garments), seconds
         shown.append(pictures[:SHOWN].expand(-1, 3, -1, -1))
-    lines = [f"| | {' | '.join(heading for heading, *_ in COLUMNS.values())} | s a picture |", "|---" * 7 + "|"]
+    lines = [f"| | {' | '.join(heading for heading, _ in COLUMNS.values())} | s a picture |", "|---" * 7 + "|"]
     for name, (values, seconds) in found.items():
-        cells = [cell(values.get(column), column) for column in COLUMNS]
+        cells = [f"{values[column]:{how}}" if column in values else "" for column, (_, how) in COLUMNS.items()]
         lines.append(f"| {LABELS[name]} | {' | '.join(cells)} | {'' if seconds is None else f'{seconds:.2f}'} |")
     print(f"{config.model}, {config.pictures} pictures, {config.steps} steps, {torch.get_num_threads()} threads\n")
     print("\n".join(lines))

@@ -247,7 +247,7 @@ def print_colours(compared: Compared, folder: Path) -> dict[str, Any]:
             share, pictures = colours_of(compared, spacing, int(steps), scale)
             name = f"{spacing}, {steps} steps, " + ("no step" if scale is None else f"guidance {scale:g}")
             shares[name] = share.as_dict()
-            print(f"| {name} | {100 * share.value:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}] |")
+            print(f"| {name} | {share} |")
             shown.append(pictures)
     label_rows(picture_grid(torch.stack(shown), scale=2), list(shares)).save(folder / "one-more-step-colours.png")
     return shares
@@ -280,8 +280,7 @@ def main(config: StepConfig) -> None:
     print(f"|---|---|---|---|---|---|---|\n| real | | {low:.3f} to {high:.3f} | | | | |")
     for name, row in rows.items():
         cells = [f"{row['signal']:.3f}", "{:.3f} to {:.3f}".format(*row["brightness"])]
-        for end in ("dark", "bright"):
-            cells.append(f"{row[end].value:.4f} [{row[end].low:.4f}, {row[end].high:.4f}]")
+        cells += [f"{row[end]:.4f}" for end in ("dark", "bright")]
         cells += [f"{100 * row[of]['garment'].value:.1f} %" for of in ("these", "all")]
         print(f"| {name} | {' | '.join(cells)} |")
     label_rows(picture_grid(torch.stack(shown), scale=2), list(rows)).save(folder / "one-more-step.png")

@@ -128,11 +128,6 @@ def part(held_out: HeldOut, first: int, count: int) -> HeldOut:
     return HeldOut(held_out.clean[some], degraded, held_out.seed)
 
 
-def worded(estimate: Estimate, digits: int) -> str:
-    """A mean and its interval."""
-    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
-
-
 class Restored(NamedTuple):
     """What a method made of the pictures, how long one took, and how well the ranks of initial noises agreed."""
 
@@ -184,7 +179,7 @@ def print_means(means: Mapping[str, Mapping[str, Estimate]], restored: Mapping[s
     """A line a method."""
     print("| | PSNR (dB) | SSIM | distance | ms a picture |\n|---|---|---|---|---|")
     for name, found in means.items():
-        cells = (worded(found["psnr"], 2), worded(found["ssim"], 3), worded(found["distance"], 3))
+        cells = (f"{found['psnr']:.2f}", f"{found['ssim']:.3f}", f"{found['distance']:.3f}")
         print(f"| {name} | {' | '.join(cells)} | {1000 * restored[name].seconds:.1f} |")
 
 
@@ -199,7 +194,7 @@ def print_differences(scores: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[
     for a, b in pairs:
         found = summarise({key: scores[a][key] - scores[b][key] for key in ("psnr", "distance")})
         apart[f"{a} - {b}"] = {key: estimate.as_dict() for key, estimate in found.items()}
-        print(f"| {a} - {b} | {worded(found['psnr'], 2)} | {worded(found['distance'], 3)} |")
+        print(f"| {a} - {b} | {found['psnr']:.2f} | {found['distance']:.3f} |")
     return apart
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sfumato.evaluation.metrics import (
+    Estimate,
     Proportion,
     bootstrap,
     frechet_distance,
@@ -237,3 +238,8 @@ def test_pairs_are_resampled_together():
     assert frechet_estimate(a, a, resamples=20).high > 0.01
     with pytest.raises(ValueError, match="60 and 59"):
         frechet_estimate(a, a[1:], paired=True)
+
+
+def test_figures_are_laid_out_with_their_intervals():
+    assert str(wilson(39, 40)) == f"{wilson(39, 40)}" == "97.5 % [87.1, 99.6]"
+    assert f"{Estimate(18.071, 17.634, 18.526):.2f}" == "18.07 [17.63, 18.53]"

@@ -46,6 +46,10 @@ class Proportion:
     successes: int
     total: int
 
+    def __str__(self) -> str:
+        """Lay it out in percent: ``97.5 % [91.3, 99.3]``."""
+        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
     def as_dict(self) -> dict[str, float | int]:
         """Give the fields as JSON can hold them."""
         return asdict(self)
@@ -64,6 +68,10 @@ class Estimate:
     value: float
     low: float
     high: float
+
+    def __format__(self, spec: str) -> str:
+        """Lay it out with its interval, each number by `spec`: ``18.07 [17.63, 18.53]`` by ``.2f``."""
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
     def as_dict(self) -> dict[str, float]:
         """Give the fields as JSON can hold them."""
