@@ -268,7 +268,8 @@ def test_a_run_that_was_interrupted_goes_on(model, tmp_path, monkeypatch, capsys
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         interrupt_after(patch, 2)
         main(begun)
-    assert stop.value.code == "interrupted; the job continues with --resume"
+    assert stop.value.code == 130
+    assert f"what is done is kept in {tmp_path / 'out'}; go on with: sfumato restore " in capsys.readouterr().err
     report = json.loads((tmp_path / "out" / "restored.json").read_text())
     assert [one["file"] for one in report["pictures"]] == ["0.png", "1.png"] and report["remaining"] == 2
     with pytest.raises(SystemExit, match="holds an unfinished run. Continue it with --resume"):

@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
+from sfumato.terminal import JSON_HELP, Help, Parser, examples_of
+
 __all__ = ["make_parser"]
 
 
-def make_parser(*classes: Any, description: str | None = None) -> HfArgumentParser:
+class _ConfigParser(Parser, HfArgumentParser):
+    """Of dataclasses, with errors in one sentence."""
+
+
+class _Json(argparse.Action):
+    """Stands in the help: `sfumato.terminal.run` takes the option, but not its abbreviations, off the command line."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser.error("write --json in full")
+
+
+def make_parser(
+    *classes: Any, description: str | None = None, program: str | None = None, examples: Sequence[str] = ()
+) -> HfArgumentParser:
     """Make a parser for config dataclasses.
 
     Args:
         *classes: Dataclasses whose docstrings describe the fields under ``Attributes:``. A field that is a number or
             None takes ``none`` too.
         description: Shown by ``--help``.
+        program: The words before the options, likewise; None takes the process's name.
+        examples: Commands, likewise.
 
     Returns:
         The parser; ``parse_args_into_dataclasses`` gives one object a class.
     """
-    parser = HfArgumentParser(classes, description=description)
+    make: Any = _ConfigParser  # which a type checker takes for argparse's
+    parser = make(classes, description=description, prog=program, epilog=examples_of(examples), formatter_class=Help)
+    parser.add_argument("--json", action=_Json, nargs=0, default=argparse.SUPPRESS, help=JSON_HELP)
     described = {name: text for cls in classes for name, text in _attribute_texts(cls).items()}
     numbers = {name: kind for cls in classes for name, kind in _optional_numbers(cls).items()}
     for action in parser._actions:

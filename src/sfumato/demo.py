@@ -25,7 +25,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
-from sfumato import concepts, loading, storage
+from sfumato import concepts, loading, storage, terminal
 from sfumato.evaluation import report as page
 from sfumato.evaluation.generation import draw
 from sfumato.evaluation.judge import Judge
@@ -193,8 +193,8 @@ def _launch(config: DemoConfig, output: Path) -> None:
 
 def _run_job(command: Sequence[str]) -> tuple[int, str]:
     """Run a job, showing what it prints but its error, which is given back with the status: to be said only once."""
-    terminal = shutil.get_terminal_size()  # a pipe has none, and progress bars would shrink
-    environment = {**os.environ, "COLUMNS": str(terminal.columns), "LINES": str(terminal.lines)}
+    size = shutil.get_terminal_size()  # a pipe has none, and progress bars would shrink
+    environment = {**os.environ, **terminal.within(), "COLUMNS": str(size.columns), "LINES": str(size.lines)}
     said = ""
     # A session of its own: the launcher has children, and an interruption must reach them all.
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, start_new_session=True) as process:

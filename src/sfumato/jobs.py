@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib.metadata import version
@@ -16,8 +14,10 @@ import torch
 import yaml
 from torch import nn
 
-from sfumato import storage
+from sfumato import storage, terminal
 from sfumato.arguments import make_parser
+from sfumato.terminal import is_first
+from sfumato.trainer import checkpoints
 
 __all__ = ["DTYPES", "check_same_settings", "is_finished", "is_first", "main", "manifest_of", "untrained"]
 
@@ -46,15 +46,26 @@ def main(
         description: Of the command.
         arguments: The command line; None takes the process's own.
     """
-    parser = make_parser(*configs, description=description)
+    program = terminal.script()
+    parser = make_parser(*configs, description=description, program=program or None)
     parser.set_defaults(**defaults)
-    try:
-        file = parser.parse_known_args(arguments)[0].config
+
+    def run(words: Sequence[str]) -> terminal.Answer:
+        file = parser.parse_known_args(words)[0].config
         if file is not None:
             parser.set_defaults(**_read_settings(file, configs))
-        job(*parser.parse_args_into_dataclasses(arguments))
-    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+        settings = parser.parse_args_into_dataclasses(words)
+        asked = next(config for config in settings if hasattr(config, "output"))
+        folder = Path(asked.output)
+        with terminal.resumable(
+            folder, program, words, resume=asked.resume, kept=lambda: checkpoints.newest(folder)
+        ):  # fmt: skip
+            job(*settings)
+        manifest = folder / "manifest.json"
+        facts = storage.read_json(manifest) if terminal.is_first() and manifest.is_file() else {}
+        return terminal.Answer({"output": str(folder), **facts}, f"result {folder}")
+
+    terminal.run(run, arguments)
 
 
 def _read_settings(file: str, configs: Sequence[Any]) -> dict[str, Any]:
@@ -67,11 +78,6 @@ def _read_settings(file: str, configs: Sequence[Any]) -> dict[str, Any]:
         wrong = sorted(set(map(str, content)) - known)[0] if isinstance(content, Mapping) else content
         raise ValueError(f"{file} must map settings to values, and {wrong!r} is none; --help lists them.")
     return dict(content)
-
-
-def is_first() -> bool:
-    """Whether this is the first process of a job, before its group is made."""
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 def untrained(make: Callable[[], Network], seed: int) -> Network:

@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from tqdm.auto import tqdm
-
-__all__ = ["Phase", "Track", "rehearsing"]
+__all__ = ["Phase", "Track", "are_hidden", "hidden", "rehearsing"]
 
 T = TypeVar("T")
 
@@ -29,6 +27,7 @@ class Phase(NamedTuple):
     seconds: float
 
 
+_hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 _rehearsed: ContextVar[list[Phase] | None] = ContextVar("rehearsed", default=None)
 
 
@@ -41,6 +40,21 @@ def rehearsing() -> Iterator[list[Phase]]:
         yield phases
     finally:
         _rehearsed.reset(token)
+
+
+@contextmanager
+def hidden(hide: bool = True) -> Iterator[None]:
+    """Hide progress bars, for as long as the context lasts."""
+    token = _hidden.set(hide)
+    try:
+        yield
+    finally:
+        _hidden.reset(token)
+
+
+def are_hidden() -> bool:
+    """Whether progress bars are hidden."""
+    return _hidden.get()
 
 
 class Track(Generic[T]):
@@ -59,7 +73,10 @@ class Track(Generic[T]):
         rehearsed: slice = slice(0, 1),
     ) -> None:  # fmt: skip
         self._items, self._name, self._rehearsed = items, description or "", rehearsed
-        self._bar: Any = tqdm(desc=description, disable=not shown, initial=start, total=start + len(items))
+        from tqdm.auto import tqdm  # here, for commands that have no loop
+
+        hide = not shown or are_hidden()
+        self._bar: Any = tqdm(desc=description, disable=hide, initial=start, total=start + len(items))
 
     def __iter__(self) -> Iterator[T]:
         """Pass over the items, or in a rehearsal over few of them."""

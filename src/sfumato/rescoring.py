@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sfumato import storage
+from sfumato import storage, terminal
 from sfumato.attacks import results
 from sfumato.evaluation import evaluate, job
 from sfumato.evaluation.detectors import Rule
@@ -23,7 +23,7 @@ def main(
     threshold: float | None = None,
     top: int | None = None,
     output: str | None = None,
-) -> str:
+) -> terminal.Answer:
     """Count again.
 
     Args:
@@ -35,7 +35,7 @@ def main(
         output: A new file for the result, of the form of evaluation.json or attack.json.
 
     Returns:
-        The figures as text.
+        The figures.
 
     Raises:
         FileNotFoundError: If a folder holds no finished evaluation or attack.
@@ -60,14 +60,16 @@ def main(
     if len(folders) == 1 and evaluated.is_file():
         before = storage.read_json(evaluated)
         found = evaluate.rescore(folders[0], moved(before.get("detector", {}).get("rule")))
-        _write(output, {**before, **found.as_dict(), **_origin([before], before["detector"]["rule"], by)})
-        return job.summary(found)
+        counted_again = {**found.as_dict(), **_origin([before], before["detector"]["rule"], by)}
+        _write(output, {**before, **counted_again})
+        return terminal.Answer({"output": output, **counted_again}, job.summary(found))
     counted = [results.read_audit(folder) for folder in folders]
     counted = [results.rescore(one, moved(one.rule)) for one in counted]
     together = results.union(counted) if len(counted) > 1 else counted[0]
     stored = [storage.read_json(Path(folder) / results.RESULT_FILE) for folder in folders]
-    _write(output, {**stored[0], **together.as_dict(), **_origin(stored, stored[0]["rule"], by)})
-    return results.summary(together)
+    counted_again = {**together.as_dict(), **_origin(stored, stored[0]["rule"], by)}
+    _write(output, {**stored[0], **counted_again})
+    return terminal.Answer({"output": output, **counted_again}, results.summary(together))
 
 
 def _origin(stored: Sequence[Mapping[str, Any]], rule: Any, by: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from sfumato.evaluation.report import picture_grid
 from sfumato.loading import folder_of
 from sfumato.pipelines.restoration import RestorationPipeline, degraded_start
 from sfumato.pipelines.restoration_pictures import Picture, read_masks, read_pictures
-from sfumato.progress import Track
+from sfumato.progress import Track, are_hidden
 from sfumato.restoration.degradations import TASKS
 from sfumato.settings import check_device, check_seed
 
@@ -129,7 +129,7 @@ def run_restore(config: RestoringConfig) -> dict[str, Any]:
         if getattr(config, name) is not None
     }
     pipe.check_settings(**call)
-    pipe.set_progress_bar_config(desc="restore", disable=len(jobs) > 1)
+    pipe.set_progress_bar_config(desc="restore", disable=len(jobs) > 1 or are_hidden())
     call |= {} if boundary is None else {"latents": boundary.noise_for(pipe, config.num_inference_steps)}
     call |= {} if mask is None else {"mask_image": mask}
     _check_fit(pipe, jobs, config, call)

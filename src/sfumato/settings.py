@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["check_device", "check_ranges", "check_seed", "check_types"]
+__all__ = ["check_device", "check_ranges", "check_seed", "check_types", "nearest"]
 
 _KINDS: dict[type, tuple[Any, str]] = {
     bool: (bool, "True or False"),
@@ -62,6 +63,12 @@ def check_ranges(config: Any, least: Mapping[str, float], *, positive: Sequence[
     for name in positive:
         if getattr(config, name) is not None and getattr(config, name) <= 0:
             raise ValueError(f"`{name}` must be positive, got {getattr(config, name)}.")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Ask whether the nearest of the known names was meant, to follow a sentence; nothing if none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def check_seed(seed: int) -> None:

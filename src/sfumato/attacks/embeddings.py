@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from sfumato.attacks.attack import Answer, Batch, Round, refuse_nan
 from sfumato.families import Conditioning, Family, StableDiffusion, family_of
+from sfumato.progress import are_hidden
 from sfumato.randomness import randint_for
 from sfumato.settings import check_ranges, check_seed, check_types
 from sfumato.unlearning.embedding_attack import (
@@ -124,7 +125,7 @@ def attack_embeddings(
     found = []
     parts = range(0, len(prompts), config.batch_size)
     with frozen(*victim.parts.values()):
-        for start in tqdm(parts, desc=description, disable=description is None):
+        for start in tqdm(parts, desc=description, disable=description is None or are_hidden()):
             numbers = range(start, min(start + config.batch_size, len(prompts)))
             states = _states(walker, [prompts[k] for k in numbers], numbers, seed)
             found.append(_attack(victim, states, tokens[list(numbers)], counts[list(numbers)], numbers, config, seed))

@@ -6,10 +6,11 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from sfumato import loading
+from sfumato import loading, terminal
 from sfumato.arguments import make_parser
 from sfumato.attacks.audit import AuditConfig, attack
 from sfumato.attacks.methods import attack_named
@@ -21,7 +22,7 @@ from sfumato.evaluation.evaluate import named_original
 from sfumato.settings import check_device
 from sfumato.trainer import process_group
 
-__all__ = ["AttackJob", "main"]
+__all__ = ["AttackJob", "main", "make_job_parser"]
 
 
 @dataclass
@@ -64,17 +65,27 @@ class AttackJob:
         check_device(self.device)
 
 
-def main(method: str, arguments: Sequence[str]) -> None:
-    """Run an audit from a command line, and print what it found.
+def make_job_parser(method: str, examples: Sequence[str] = ()) -> Any:
+    """Make the parser of an attack's command line; see `sfumato.arguments.make_parser`."""
+    chosen = attack_named(method)
+    return make_parser(
+        AttackJob, chosen.config, AuditConfig, description=chosen.summary, program=f"sfumato attack {method}",
+        examples=examples,
+    )  # fmt: skip
+
+
+def main(method: str, arguments: Sequence[str], examples: Sequence[str] = ()) -> terminal.Answer:
+    """Run an audit from a command line.
 
     Args:
         method: The attack.
         arguments: The command line.
+        examples: For ``--help``.
+
+    Returns:
+        What it found.
     """
-    chosen = attack_named(method)
-    parser = make_parser(AttackJob, chosen.config, AuditConfig, description=chosen.summary)
-    parser.prog = f"sfumato attack {method}"
-    job, config, audit = parser.parse_args_into_dataclasses(list(arguments))
+    job, config, audit = make_job_parser(method, examples).parse_args_into_dataclasses(list(arguments))
     name = job.original or _original_of(job.model)
     options = {"dtype": getattr(torch, job.dtype)}
     original, group = loading.load(name, **options), process_group()
@@ -89,15 +100,22 @@ def main(method: str, arguments: Sequence[str]) -> None:
         detector = eye, replace(rule, **{name: value for name, value in moved.items() if value is not None})
     else:
         detector = find_detector(job.detector, phrases, threshold=job.threshold, top=job.top, device=device)
-    found = attack(
-        unlearned, original, job.forget, method, detector=detector, output_dir=job.output, resume=job.resume,
-        prompts=None if job.prompts is None else read_prompts(job.prompts),
-        features=job.features,
-        command=shlex.join(["sfumato", "attack", method, *arguments]),
-        result_fingerprint=loading.manifest_of(job.model).get("result_fingerprint"), **asdict(config), **asdict(audit),
-    )  # fmt: skip
-    if group is None or group.is_main_process:
-        print(f"{summary(found)}\n{Path(job.output) / RESULT_FILE}")
+    program = f"sfumato attack {method}"
+    with terminal.resumable(job.output, program, arguments, resume=job.resume):
+        found = attack(
+            unlearned, original, job.forget, method, detector=detector, output_dir=job.output, resume=job.resume,
+            prompts=None if job.prompts is None else read_prompts(job.prompts), features=job.features,
+            command=f"{program} {shlex.join(arguments)}",
+            result_fingerprint=loading.manifest_of(job.model).get("result_fingerprint"),
+            **asdict(config), **asdict(audit),
+        )  # fmt: skip
+    file, following = Path(job.output) / RESULT_FILE, ""
+    if Path(job.model).is_dir():
+        words = ["release", job.model, "--output", f"{Path(job.model)}-release", "--attacks", str(file)]
+        following = shlex.join(["sfumato", *words])
+    return terminal.Answer(
+        {"output": str(Path(job.output)), **found.as_dict()}, f"{summary(found)}\n{file}", following
+    )
 
 
 def _original_of(folder: str) -> str:

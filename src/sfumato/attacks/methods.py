@@ -12,6 +12,7 @@ from sfumato.attacks import concept_inversion, embeddings, p4d, ring_a_bell, unl
 from sfumato.attacks.attack import Attack, Setting
 from sfumato.attacks.prompts import read_pairs
 from sfumato.attacks.slots import Slots
+from sfumato.settings import nearest
 from sfumato.unlearning.embedding_attack import room_for
 
 __all__ = ["ATTACKS", "AttackMethod", "attack_named"]
@@ -88,5 +89,5 @@ ATTACKS = {
 def attack_named(name: str) -> AttackMethod:
     """Find an attack; a ValueError names those that there are."""
     if name not in ATTACKS:
-        raise ValueError(f"There is no attack {name!r}; choose from {', '.join(ATTACKS)}.")
+        raise ValueError(f"There is no attack {name!r}; choose from {', '.join(ATTACKS)}.{nearest(name, ATTACKS)}")
     return ATTACKS[name]

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import yaml
 
-from sfumato import concepts, loading, storage
+from sfumato import concepts, loading, storage, terminal
 from sfumato.arguments import make_parser
 from sfumato.attacks.audit import check_attack
 from sfumato.attacks.methods import attack_named
@@ -49,7 +49,7 @@ from sfumato.settings import check_device, check_ranges, check_seed, check_types
 from sfumato.unlearning.methods import METHODS, configure, method_named
 from sfumato.unlearning.result import FORMATS
 
-__all__ = ["BenchmarkConfig", "benchmark", "main"]
+__all__ = ["BenchmarkConfig", "benchmark", "main", "make_job_parser"]
 
 ATTACK_SETTINGS: Mapping[str, Mapping[str, Any]] = {"unlearndiffatk": {"times": 5}}
 """Of the benchmark; attacks that are not named have their own defaults. Ten times fewer times than UnlearnDiffAtk's:
@@ -182,25 +182,35 @@ def _listed(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run a benchmark from a command line, and print its tables in Markdown.
+def make_job_parser(examples: Sequence[str] = ()) -> Any:
+    """Make the parser of the command line; see `sfumato.arguments.make_parser`."""
+    return make_parser(
+        BenchmarkConfig, description="Compare unlearning methods on concepts; see the leaderboard.",
+        program="sfumato benchmark", examples=examples,
+    )  # fmt: skip
+
+
+def main(arguments: Sequence[str], examples: Sequence[str] = ()) -> terminal.Answer:
+    """Run a benchmark from a command line.
 
     Args:
         arguments: The command line.
+        examples: For ``--help``.
+
+    Returns:
+        What it found; as text, its tables in Markdown.
     """
-    parser = make_parser(BenchmarkConfig, description="Compare unlearning methods on concepts; see the leaderboard.")
-    parser.prog = "sfumato benchmark"
-    (config,) = parser.parse_args_into_dataclasses(list(arguments))
-    found = benchmark(config, command=shlex.join(["sfumato", "benchmark", *arguments]))
-    print(as_markdown(found["methods"]))
-    print(f"\n{as_markdown(found['methods'], pictures=True)}")
+    (config,) = make_job_parser(examples).parse_args_into_dataclasses(list(arguments))
+    with terminal.resumable(config.output, "sfumato benchmark", arguments, resume=config.resume):
+        found = benchmark(config, command=shlex.join(["sfumato", "benchmark", *arguments]))
+    parts = [as_markdown(found["methods"]), as_markdown(found["methods"], pictures=True)]
     if len(found["domains"]) > 1:
-        for domain, lines in found["domains"].items():
-            print(f"\n{domain}\n\n{as_markdown(lines)}")
+        parts += [f"{domain}\n\n{as_markdown(lines)}" for domain, lines in found["domains"].items()]
     for row in found["cells"]:
         for stage, said in row["failed"].items():
-            print(f"\nfailed: {row['method']}, {row['concept']}, seed {row['seed']}, {stage}: {said}")
-    print(f"\n{Path(config.output) / PAGE}")
+            parts.append(f"failed: {row['method']}, {row['concept']}, seed {row['seed']}, {stage}: {said}")
+    page = Path(config.output) / PAGE
+    return terminal.Answer({"output": str(Path(config.output)), **found}, "\n\n".join([*parts, str(page)]))
 
 
 def benchmark(config: BenchmarkConfig, *, command: str | None = None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from sfumato.families import Conditioning, family_of
+from sfumato.progress import are_hidden
 from sfumato.randomness import generator_for
 
 __all__ = ["draw"]
@@ -42,7 +43,9 @@ def draw(
     """
     family = family_of(pipe)
     parts = []
-    for start in tqdm(range(0, len(prompts), batch_size), desc=description, disable=description is None):
+    for start in tqdm(
+        range(0, len(prompts), batch_size), desc=description, disable=description is None or are_hidden()
+    ):
         batch = prompts[start : start + batch_size]
         generators = [generator_for(seed, start + k) for k in range(len(batch))]
         given = None

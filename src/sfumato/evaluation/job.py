@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sfumato import terminal
 from sfumato.arguments import make_parser
 from sfumato.evaluation.evaluate import RESULT_FILE, Evaluation, EvaluationConfig, evaluate
-from sfumato.trainer import process_group
 
-__all__ = ["EvaluationJob", "main", "summary"]
+__all__ = ["EvaluationJob", "main", "make_job_parser", "summary"]
 
 
 @dataclass
@@ -34,22 +34,38 @@ class EvaluationJob:
     resume: bool = False
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run an evaluation from a command line, and print what it found.
+def make_job_parser(examples: Sequence[str] = ()) -> Any:
+    """Make the parser of the command line; see `sfumato.arguments.make_parser`."""
+    return make_parser(
+        EvaluationJob, EvaluationConfig, description="Measure what a model forgot, and what it kept.",
+        program="sfumato evaluate", examples=examples,
+    )  # fmt: skip
+
+
+def main(arguments: Sequence[str], examples: Sequence[str] = ()) -> terminal.Answer:
+    """Run an evaluation from a command line.
 
     Args:
         arguments: The command line.
+        examples: For ``--help``.
+
+    Returns:
+        What it found.
     """
-    parser = make_parser(EvaluationJob, EvaluationConfig, description="Measure what a model forgot, and what it kept.")
-    parser.prog = "sfumato evaluate"
-    job, config = parser.parse_args_into_dataclasses(list(arguments))
-    found = evaluate(
-        job.model, job.original, forget=job.forget, output_dir=job.output, resume=job.resume,
-        command=shlex.join(["sfumato", "evaluate", *arguments]), **asdict(config),
-    )  # fmt: skip
-    group = process_group()
-    if group is None or group.is_main_process:
-        print(f"{summary(found)}\n{Path(job.output) / RESULT_FILE}")
+    job, config = make_job_parser(examples).parse_args_into_dataclasses(list(arguments))
+    with terminal.resumable(job.output, "sfumato evaluate", arguments, resume=job.resume):
+        found = evaluate(
+            job.model, job.original, forget=job.forget, output_dir=job.output, resume=job.resume,
+            command=shlex.join(["sfumato", "evaluate", *arguments]), **asdict(config),
+        )  # fmt: skip
+    file, folder = Path(job.output) / RESULT_FILE, Path(job.output)
+    following = ["sfumato", "attack", "unlearndiffatk", "--model", job.model, "--forget", *job.forget]
+    if job.original is not None:
+        following += ["--original", job.original]
+    following += ["--output", f"{folder}-attacked"]
+    return terminal.Answer(
+        {"output": str(folder), **found.as_dict()}, f"{summary(found)}\n{file}", shlex.join(following)
+    )
 
 
 def summary(found: Evaluation) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
 from sfumato.families import Family, StableDiffusion, TextFamily
+from sfumato.settings import nearest
 from sfumato.trainer import TrainingConfig
 from sfumato.unlearning.result import OutputConfig
 from sfumato.unlearning.task import ExampleConfig
@@ -87,7 +87,7 @@ METHODS = {
 def method_named(method: str) -> Method:
     """Find a method; ValueError, naming those there are, if it is unknown."""
     if method not in METHODS:
-        raise ValueError(f"Unknown method {method!r}; choose from {', '.join(METHODS)}.")
+        raise ValueError(f"Unknown method {method!r}; choose from {', '.join(METHODS)}.{nearest(method, METHODS)}")
     return METHODS[method]
 
 
@@ -96,6 +96,5 @@ def configure(classes: Sequence[Any], settings: Mapping[str, Any]) -> list[Any]:
     known = {field.name for cls in classes for field in fields(cls)}
     for name in settings:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            raise ValueError(f"Unknown setting {name!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
+            raise ValueError(f"Unknown setting {name!r}.{nearest(str(name), known)}")
     return [cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings}) for cls in classes]

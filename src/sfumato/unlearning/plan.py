@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from sfumato.progress import Phase
 
@@ -43,6 +44,11 @@ class Plan:
     def seconds(self) -> float:
         """All of the phases."""
         return sum(phase.seconds for phase in self.phases)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give plain values for JSON."""
+        phases = [phase._asdict() for phase in self.phases]
+        return {**asdict(self), "phases": phases, "seconds": self.seconds}
 
     def __str__(self) -> str:
         """A few lines."""

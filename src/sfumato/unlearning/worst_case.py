@@ -40,6 +40,7 @@ from tqdm.auto import tqdm
 
 from sfumato import concepts
 from sfumato.families import Family, family_of
+from sfumato.progress import are_hidden
 from sfumato.randomness import permuted_indices, randint_for, randn_for
 from sfumato.trainer import Shard, TrainingConfig, train
 from sfumato.unlearning import closed_form, core, methods, uce
@@ -189,7 +190,7 @@ def worst_case_forget_set(
 
     weights = torch.full((len(found),), m / len(found), dtype=torch.float64)
     history, sets = list[dict[str, Any]](), dict[tuple[str, ...], float]()
-    for number in tqdm(range(rounds + 1), desc="worst case"):
+    for number in tqdm(range(rounds + 1), desc="worst case", disable=are_hidden()):
         binary = indicator(weights, m)
         chosen = binary.bool()
         names = tuple(one.name for one, is_chosen in zip(found, chosen.tolist(), strict=True) if is_chosen)
