@@ -35,26 +35,27 @@ def script(shell: str) -> str:
         "methods": _words("_sfumato_methods", catalogue.method_names()),
         "attacks": _words("_sfumato_attacks", list(catalogue.attacks())),
     }
-    for action in _actions(parser):
+    for command, action in _actions(parser):
         name: Any = action.dest
         if len(action.option_strings) > 1 and name != "help":  # --a_b and --a-b are one option
             action.option_strings = action.option_strings[:1]
         known = (
             models if name in MODELS else shtab.FILE if name in FILES else shtab.DIRECTORY if name in FOLDERS else None
         )
-        known = lists.get(name, known)
+        if name in lists:  # a release takes files of attacks
+            known = lists[name] if command == "benchmark" else shtab.FILE
         if known is not None and not action.choices:
             action.complete = known  # type: ignore[attr-defined]
     return str(shtab.complete(parser, shell=shell))
 
 
-def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """All arguments of a parser and of those below it."""
+def _actions(parser: argparse.ArgumentParser, command: str = "") -> Iterator[tuple[str, argparse.Action]]:
+    """All arguments of a parser and of those below it, each with its command."""
     for action in parser._actions:
-        yield action
+        yield command, action
         if isinstance(action, argparse._SubParsersAction):
-            for below in action.choices.values():
-                yield from _actions(below)
+            for name, below in action.choices.items():
+                yield from _actions(below, command or name)
 
 
 def _words(name: str, words: Sequence[str], *, folders: bool = False) -> dict[str, Any]:
