@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import math
 import os
 import shlex
@@ -173,6 +174,7 @@ def run(job: Callable[[list[str]], Answer | None], arguments: Sequence[str] | No
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = [word for word in given if word != "--json"]
+    logging.getLogger("transformers.utils.import_utils").addFilter(_matters)
     as_json = len(words) < len(given) and not {"-h", "--help"} & set(words)
     try:
         with _stopped_by_sigterm(), _bars(as_json):
@@ -191,6 +193,11 @@ def run(job: Callable[[list[str]], Answer | None], arguments: Sequence[str] | No
         sys.exit(getattr(stop, "status", 130))
     if answer is not None and answer.failure:
         sys.exit(f"error: {answer.failure}")
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    """Whether a message of transformers does: that torchvision, which nothing here needs, is missing, does not."""
+    return "requires torchvision" not in record.getMessage()
 
 
 def _answered(job: Callable[[list[str]], Answer | None], words: list[str], as_json: bool) -> Answer | None:
