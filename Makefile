@@ -37,7 +37,8 @@ clean:  ## Remove the environment and everything built, cached or generated
 	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find src schedulers pipelines training tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One environment; a stamp for each set of extras, renewed when the requirements change. The second includes the first.
+# One environment; a stamp for each set of extras, renewed when the requirements change. The test's
+# includes the demo's.
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(call install,demo)
 	@touch $@

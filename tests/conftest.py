@@ -22,7 +22,9 @@ from sfumato.loading import assets_folder
 # The models here are tiny: more threads cost more than they save (a pipeline suite went from 214 s to 70 s with one).
 torch.set_num_threads(1)
 
-LONGEST = ("test_readme.py", "test_processes.py", "test_job.py", "test_every_method.py", "test_benchmark.py")
+LONGEST = (
+    "test_readme.py", "test_docs.py", "test_processes.py", "test_job.py", "test_every_method.py", "test_benchmark.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
