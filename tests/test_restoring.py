@@ -92,7 +92,7 @@ def test_a_bar_counts_the_steps_of_one_picture_and_the_pictures_of_many(model, t
             bars.append(how)
             super().__init__(*given, **how)
 
-    monkeypatch.setattr("sfumato.progress.tqdm", Bar)
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
     monkeypatch.setattr("diffusers.pipelines.pipeline_utils.tqdm", Bar)
     images = [save_picture(tmp_path / f"{number}.png") for number in range(count)]
     run(model, images, tmp_path / "out", num_inference_steps=3)

@@ -56,7 +56,7 @@ def test_a_training_that_sigterm_ended_goes_on_by_its_own_words(tmp_path, monkey
 
 def test_the_printed_line_finishes_a_run(tmp_path, monkeypatch, capsys):
     """Of a script, by Ctrl-C."""
-    command = ["training/salun.py", *SMALL, "--steps", "60"]
+    command = ["training/salun.py", *SMALL, "--steps", "24"]
     (tmp_path / "training").symlink_to(ROOT / "training")
     code, printed, said = cut_short(
         [sys.executable, *command], tmp_path, signal.SIGINT, "no-sneaker/checkpoints/step-*"
@@ -69,7 +69,7 @@ def test_the_printed_line_finishes_a_run(tmp_path, monkeypatch, capsys):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "result no-sneaker, which forgot sneaker; its manifest.json says how\n"
     history = json.loads((tmp_path / "no-sneaker" / "history.json").read_text())
-    assert len(history) == 60
+    assert len(history) == 24
     assert "next: sfumato evaluate --model no-sneaker " in done.stderr
 
 

@@ -10,7 +10,7 @@ __all__ = ["EXAMPLES", "GROUPS", "SUMMARIES", "examples", "story"]
 
 GROUPS: Mapping[str, Mapping[str, str]] = {
     "try it": {
-        "demo": "erase a concept from the embedded model and show the proof (six minutes on two cores)",
+        "demo": "erase a concept from the embedded model and show the proof (three to seven minutes on two cores)",
     },
     "erase a concept": {
         "unlearn": "make a model forget: sfumato unlearn METHOD",
