@@ -96,7 +96,7 @@ def test_a_bar_counts_the_steps_of_one_picture_and_the_pictures_of_many(model, t
     monkeypatch.setattr("diffusers.pipelines.pipeline_utils.tqdm", Bar)
     images = [save_picture(tmp_path / f"{number}.png") for number in range(count)]
     run(model, images, tmp_path / "out", num_inference_steps=3)
-    shown = [(how["desc"], how["total"]) for how in bars if not how["disable"]]
+    shown = [(how["desc"], how["total"]) for how in bars if not how.get("disable", True)]
     assert shown == [("restore", 3 if count == 1 else 2)]
 
 
