@@ -86,8 +86,8 @@ class RDDMScheduler(CarriedStateMixin, SchedulerMixin, ConfigMixin):
             x = scheduler.step(model(torch.cat([x, degraded], 1), t), t, x, degraded).prev_sample
 
     Generation, with any model of DDPM: `pipe.scheduler = RDDMScheduler.from_config(pipe.scheduler.config)` gives what
-    DDIM gives, and other schedules of the residual where `alpha_schedule` names one. To remove residual and noise one
-    after the other, run `step_residual` over all times and then `step_noise`.
+    DDIM gives where nothing is clipped, and other schedules of the residual where `alpha_schedule` names one. To
+    remove residual and noise one after the other, run `step_residual` over all times and then `step_noise`.
 
     Args:
         num_train_timesteps (`int`): Length T of the training schedule.
