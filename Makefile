@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A file of tests is one worker's, as it shares what it makes; a worker has one thread, and so has what it starts.
 WORKERS := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
-test test-all: export OMP_NUM_THREADS = 1
+test test-all notebooks: export OMP_NUM_THREADS = 1
 
-.PHONY: help demo test test-all lint docs wheel clean
+.PHONY: help demo test test-all notebooks lint docs wheel clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -21,6 +21,9 @@ test: $(VENV)/.test  ## Run the tests, except the slow ones
 
 test-all: $(VENV)/.test  ## Run all the tests
 	$(BIN)/python -m pytest --timeout=3600 $(WORKERS)
+
+notebooks: $(VENV)/.test  ## Execute every notebook from top to bottom
+	$(BIN)/python -m pytest -m slow tests/test_notebooks.py --timeout=600 $(subst loadfile,load,$(WORKERS))
 
 lint: $(VENV)/.test  ## Check style, format and types
 	$(BIN)/ruff check .
