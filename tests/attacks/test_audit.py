@@ -328,6 +328,19 @@ def test_a_killed_attack_goes_on_within_its_batch(atelier, unlearned, name, tmp_
     assert sorted(file.name for file in (tmp_path / "killed").iterdir()) == ["attack.json", "prompts.jsonl"]
 
 
+def test_a_result_is_attacked_by_its_folder_and_the_audit_says_which_it_is_of(tmp_path):
+    folder = tmp_path / "erased"
+    erased = sfumato.unlearn(
+        sfumato.load("atelier"), "sneaker", "uce", output_dir=folder, save=["delta"], verify=False
+    )
+    call = {"forget": "sneaker", "method": "embeddings", "steps": 1, "prompts": PROMPTS[:1], **QUICK}
+    found = sfumato.attack(folder, "atelier", **call, output_dir=tmp_path / "attacked")
+    known = json.loads((folder / "manifest.json").read_text())["result_fingerprint"]
+    assert json.loads((tmp_path / "attacked" / "attack.json").read_text())["result_fingerprint"] == known
+    again = sfumato.attack(erased, sfumato.load("atelier"), **call)
+    assert [{**row, "seconds": 0} for row in found.rows] == [{**row, "seconds": 0} for row in again.rows]
+
+
 @pytest.mark.parametrize("method", ["unlearndiffatk", "concept_inversion"])
 def test_prompts_results_do_not_depend_on_the_processes(launch, tmp_path, method):
     for processes, name in ((1, "one"), (2, "two")):

@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 
-from sfumato import storage
+from sfumato import loading, storage
 from sfumato.attacks.attack import Answer, Batch, Memory, Round, Setting
 from sfumato.attacks.concept_inversion import WORD_FILE
 from sfumato.attacks.methods import AttackMethod, attack_named
@@ -97,8 +97,8 @@ class AuditConfig:
 
 
 def attack(
-    unlearned: DiffusionPipeline,
-    original: DiffusionPipeline,
+    unlearned: DiffusionPipeline | str | Path,
+    original: DiffusionPipeline | str | Path,
     forget: str | Sequence[str],
     method: str = "unlearndiffatk",
     *,
@@ -117,8 +117,8 @@ def attack(
     how many there are.
 
     Args:
-        unlearned: The model to audit; it is not changed.
-        original: The model as it was.
+        unlearned: The model to audit, which is not changed: a pipeline, or what `sfumato.loading.load_result` takes.
+        original: The model as it was: a pipeline, or what `sfumato.load` takes.
         forget: What was forgotten.
         method: One of `sfumato.attacks.methods.ATTACKS`.
         prompts: What to attack; by default the concept's own prompts, as many as `count` says.
@@ -130,7 +130,7 @@ def attack(
         output_dir: Where attack.json and prompts.jsonl go, and what a run that is cut short has finished.
         resume: Continue such a run.
         command: The command line that does the same, for the result's card.
-        result_fingerprint: What the manifest of the unlearned model calls it, for the same.
+        result_fingerprint: What the manifest of the unlearned model calls it, for the same; of a folder it is known.
         **settings: Any field of the attack's config or of `AuditConfig`.
 
     Returns:
@@ -143,6 +143,9 @@ def attack(
         FileExistsError: If `output_dir` holds another audit, or one is running there.
         RuntimeError: If a model's pictures are not finite.
     """
+    if not isinstance(unlearned, DiffusionPipeline):
+        result_fingerprint = result_fingerprint or loading.manifest_of(unlearned).get("result_fingerprint")
+    unlearned, original = _loaded(unlearned, original)
     began = time.perf_counter()
     plan = _plan(unlearned, original, forget, method, prompts, detector, features, output_dir, settings)
     chosen, config, audit, setting = plan.chosen, plan.config, plan.audit, plan.setting
@@ -168,6 +171,20 @@ def attack(
         if folder is not None and first:
             _write(folder, found, {"result_fingerprint": result_fingerprint, "command": command})
     return found
+
+
+def _loaded(
+    unlearned: DiffusionPipeline | str | Path, original: DiffusionPipeline | str | Path
+) -> tuple[DiffusionPipeline, DiffusionPipeline]:
+    """Both models; what is not a pipeline yet is loaded, onto an accelerator if there is one."""
+    group = process_group()
+    device = group.device if group is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(unlearned, DiffusionPipeline):
+        named = None if isinstance(original, DiffusionPipeline) else original
+        unlearned = loading.load_result(unlearned, named).to(device)
+    if not isinstance(original, DiffusionPipeline):
+        original = loading.load(original).to(device)
+    return unlearned, original
 
 
 def check_attack(

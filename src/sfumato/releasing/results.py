@@ -138,7 +138,10 @@ def _read(path: str | Path, manifest: Mapping[str, Any], writer: str, needed: Ma
         raise ValueError(f"{path} is not what `sfumato {writer}` writes: its {missing[0]!r} is missing or wrong.")
     fingerprint, wanted = found.get("result_fingerprint"), manifest["result_fingerprint"]
     if fingerprint is None:
-        raise ValueError(f"{path} does not say which result it is of: run `sfumato {writer}` on the run's folder.")
+        raise ValueError(
+            f"{path} does not say which result it is of: run `sfumato {writer}` on the run's folder, or give that"
+            f" folder to sfumato.{writer} in the place of the model."
+        )
     if fingerprint != wanted:
         raise ValueError(f"{path} is of another result (fingerprint {fingerprint}, not {wanted}).")
     phrases = found["concept"].get("phrases")
