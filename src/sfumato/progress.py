@@ -1,16 +1,24 @@
-"""The long loops of a run: shown as they go, or, in a rehearsal, only begun, to see what all of it would take."""
+"""The long loops of a run: shown as they go, or, in a rehearsal, only begun, to see what all of it would take.
+
+On a terminal they have bars; where a command writes to a file, as on a cluster, a line now and then.
+"""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any, Generic, NamedTuple, TypeVar
 
 __all__ = ["Phase", "Track", "are_hidden", "hidden", "rehearsing"]
 
 T = TypeVar("T")
+
+INTERVAL = 60.0
+"""Seconds between two lines about a loop."""
 
 
 class Phase(NamedTuple):
@@ -28,6 +36,7 @@ class Phase(NamedTuple):
 
 
 _hidden: ContextVar[bool] = ContextVar("hidden", default=False)
+_in_lines: ContextVar[bool] = ContextVar("in_lines", default=False)
 _rehearsed: ContextVar[list[Phase] | None] = ContextVar("rehearsed", default=None)
 
 
@@ -43,13 +52,14 @@ def rehearsing() -> Iterator[list[Phase]]:
 
 
 @contextmanager
-def hidden(hide: bool = True) -> Iterator[None]:
-    """Hide progress bars, for as long as the context lasts."""
-    token = _hidden.set(hide)
+def hidden(hide: bool = True, *, lines: bool = False) -> Iterator[None]:
+    """Hide progress bars, for as long as the context lasts; with `lines`, write some in their place."""
+    tokens = _hidden.set(hide), _in_lines.set(hide and lines)
     try:
         yield
     finally:
-        _hidden.reset(token)
+        _hidden.reset(tokens[0])
+        _in_lines.reset(tokens[1])
 
 
 def are_hidden() -> bool:
@@ -58,7 +68,7 @@ def are_hidden() -> bool:
 
 
 class Track(Generic[T]):
-    """A loop with a progress bar.
+    """A loop with a progress bar, or with lines in its place.
 
     Args:
         items: What it passes over.
@@ -72,7 +82,8 @@ class Track(Generic[T]):
         self, items: Sequence[T], description: str | None, *, shown: bool = True, start: int = 0,
         rehearsed: slice = slice(0, 1),
     ) -> None:  # fmt: skip
-        self._items, self._name, self._rehearsed = items, description or "", rehearsed
+        self._items, self._name, self._rehearsed, self._start = items, description or "", rehearsed, start
+        self._lines, self._facts = shown and _in_lines.get(), ""
         from tqdm.auto import tqdm  # here, for commands that have no loop
 
         hide = not shown or are_hidden()
@@ -81,16 +92,28 @@ class Track(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         """Pass over the items, or in a rehearsal over few of them."""
         phases = _rehearsed.get()
-        seconds = 0.0
+        seconds, all_began = 0.0, time.perf_counter()
+        told = all_began
         with self._bar:
-            for item in self._items if phases is None else self._items[self._rehearsed] or self._items[-1:]:
+            passed = self._items if phases is None else self._items[self._rehearsed] or self._items[-1:]
+            for done, item in enumerate(passed, 1):
                 began = time.perf_counter()
                 yield item
-                seconds = time.perf_counter() - began
+                now = time.perf_counter()
+                seconds = now - began
                 self._bar.update()
+                if self._lines and phases is None and now - told >= INTERVAL:
+                    self._tell(done, (now - all_began) / done)
+                    told = now
         if phases is not None:
             phases.append(Phase(self._name, len(self._items), len(self._items) * seconds))
+
+    def _tell(self, done: int, seconds: float) -> None:
+        left = timedelta(seconds=round(seconds * (len(self._items) - done)))
+        count = f"{self._start + done} of {self._start + len(self._items)}"
+        print(f"{self._name}: {count}{self._facts}, {left} left", file=sys.stderr, flush=True)
 
     def say(self, **facts: str) -> None:
         """Show something behind the bar."""
         self._bar.set_postfix(facts)
+        self._facts = "".join(f", {name} {fact}" for name, fact in facts.items())

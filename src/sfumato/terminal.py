@@ -270,12 +270,12 @@ def _nothing_printed() -> Iterator[None]:
 
 @contextmanager
 def _bars(as_json: bool) -> Iterator[None]:
-    """Show progress bars on a terminal alone; a command that another has started follows that one."""
+    """Show progress bars on a terminal, and lines elsewhere; a command that another has started follows that one."""
     there = sys.stderr is not None and sys.stderr.isatty()
     shown = os.environ[WITHIN] == "bars" if WITHIN in os.environ else there and not as_json
     if not shown and "tqdm" not in sys.modules:
         os.environ.setdefault("TQDM_DISABLE", "1")  # read once: those of diffusers and transformers
-    with progress.hidden(not shown):
+    with progress.hidden(not shown, lines=not as_json):
         yield
 
 
