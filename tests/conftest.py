@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -267,3 +268,11 @@ def fashion_mnist(tmp_path_factory):
 def renders():
     """The folder of 240 renders, 32x32."""
     return str(assets_folder() / "renders")
+
+
+@pytest.fixture
+def ctrl_c():
+    """SIGINT interrupts, also what a test starts; a shell lets what runs in its background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

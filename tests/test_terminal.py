@@ -96,7 +96,7 @@ def test_a_wrong_command_line_is_said_in_a_sentence(capsys):
     assert json.loads(capsys.readouterr().out) == {"error": said, "type": "WrongUsage"}
 
 
-def test_sigterm_ends_a_job_as_ctrl_c_does_and_both_say_how_to_resume(capsys, tmp_path):
+def test_sigterm_ends_a_job_as_ctrl_c_does_and_both_say_how_to_resume(ctrl_c, capsys, tmp_path):
     cleaned, before = [], signal.getsignal(signal.SIGTERM)
 
     def job(words):

@@ -54,7 +54,7 @@ def test_a_training_that_sigterm_ended_goes_on_by_its_own_words(tmp_path, monkey
     assert words[0] == "sfumato" and words[-1] == "--resume"
 
 
-def test_the_printed_line_finishes_a_run(tmp_path, monkeypatch, capsys):
+def test_the_printed_line_finishes_a_run(ctrl_c, tmp_path):
     """Of a script, by Ctrl-C."""
     command = ["training/salun.py", *SMALL, "--steps", "24"]
     (tmp_path / "training").symlink_to(ROOT / "training")

@@ -46,7 +46,7 @@ def script(shell: str) -> str:
             known = lists[name] if command == "benchmark" else shtab.FILE
         if known is not None and not action.choices:
             action.complete = known  # type: ignore[attr-defined]
-    return str(shtab.complete(parser, shell=shell))
+    return str(shtab.complete(parser, shell))
 
 
 def _actions(parser: argparse.ArgumentParser, command: str = "") -> Iterator[tuple[str, argparse.Action]]:
