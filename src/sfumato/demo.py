@@ -259,7 +259,7 @@ def _samplers_in_latent_space(pipe: DiffusionPipeline, garments: Sequence[str], 
     grids = [("DDIM", drawn(stock)), ("TimeShift", drawn(shift))]
     logger.setLevel(level)
     pipe.scheduler = stock
-    verdict = "tells the time" if shift.has_signal else "can't tell the time; the scheduler noticed, and kept to DDIM's"
+    verdict = "tells the time" if shift.has_signal else "can't tell the time; the scheduler noticed, and kept to DDIM"
     return page.GridSection(
         title=f"Samplers: {SAMPLER_STEPS} steps in latent space",
         text="Latents have unit variance at every time, so their variance "
