@@ -34,7 +34,9 @@ from PIL import Image
 import sfumato
 from sfumato import cli
 from sfumato.attacks.methods import ATTACKS
+from sfumato.cli.parser import make_parser
 from sfumato.loading import assets_folder
+from sfumato.unlearning.job import make_job_parser
 from sfumato.unlearning.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -231,6 +233,44 @@ def test_every_block_of_the_page_runs(page, place, tmp_path):
         (folder / name).symlink_to(ROOT / name)
     wrong = run_page(page, blocks, folder, tmp_path / "log")
     assert wrong is None, f"{name_of(page)} {wrong}:\n{(tmp_path / 'log').read_text()[-6000:]}"
+
+
+@cache
+def command_line():
+    return make_parser(whole=True)
+
+
+def read(line):
+    """Read a command of ours as its parser does; whether it is one."""
+    words = [word for word in shlex.split(line, comments=True) if word != "--json"]
+    words = words[: words.index(">")] if ">" in words else words
+    script = next((k for k, word in enumerate(words) if re.fullmatch(r"training/\w+\.py|sfumato(\.\w+)*", word)), None)
+    if script is None:
+        return False
+    method = re.split(r"[/.]", words[script].removesuffix(".py"))[-1]
+    if method in METHODS:
+        found = make_job_parser(method).parse_args(words[script + 1 :])
+    elif words[script] in ("sfumato", "sfumato.cli"):
+        found = command_line().parse_args(words[script + 1 :])
+    else:
+        return False  # another training, whose parser the run itself meets with all that stands in the line
+    recipe = getattr(found, "recipe", None)
+    assert recipe is None or (ROOT / "training" / "configs" / f"{recipe}.yaml").exists()
+    return True
+
+
+def test_commands_are_read_by_their_parsers_as_they_are_written():
+    """Not only as the tests shrink them."""
+    count = 0
+    for page in [ROOT / "README.md", *PAGES]:
+        for block in fences(page.read_text()):
+            shown = block.language == "text" and block.code.startswith(("sfumato ", "accelerate "))
+            for line in block.code.replace("\\\n", " ").splitlines() if shown or block.language == "bash" else ():
+                try:
+                    count += read(line)
+                except SystemExit as refused:
+                    raise AssertionError(f"{page.relative_to(ROOT)}: {line}") from refused
+    assert count >= 70
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
