@@ -180,6 +180,7 @@ def forked(work):
         return child
     status = 1
     try:
+        torch.set_num_threads(1)  # makes its pool anew, which a fork leaves broken, before threads ask for it at once
         work()
         status = 0
     except SystemExit as leaving:
